@@ -1,0 +1,51 @@
+# Every target but gpu-test and clean sets up .venv first; that needs Python >= 3.12 and PyPI.
+
+# Tried in this order. python3 comes first so that a version manager's .python-version has its say.
+PYTHONS := python3 python3.14 python3.13 python3.12
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types wheel-check gpu-test clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/.stamp ## Train and reinforce a tiny M1 into runs/demo
+	$(BIN)/python -m train.demo --workdir=runs/demo
+
+test: .venv/.stamp ## Run the tests (CPU)
+	$(BIN)/python -m pytest -n 2 tests
+
+lint: .venv/.stamp ## Check style and formatting with ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.stamp ## Check types with mypy
+	$(BIN)/mypy
+
+wheel-check: .venv/.stamp ## Build the wheel, install it apart and use it outside the checkout
+	$(BIN)/python -m pytest tests/test_packaging.py -k wheel
+
+# Runs on the machine's own Python: a GPU machine brings the JAX that fits its driver.
+# Empty addopts, because pyproject.toml's keep tests/gpu out of ordinary runs.
+gpu-test: ## Run tests/gpu on a GPU machine
+	python3 -m pytest tests/gpu -o addopts=""
+
+clean: ## Remove .venv, build output and caches (runs/ stays)
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ensurepip is asked for too, because some systems ship Python without what `-m venv` needs.
+.venv/.stamp: pyproject.toml constraints.txt
+	@for python in $(PYTHONS); do \
+	  if "$$python" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then \
+	    echo "setting up .venv with $$python ($$("$$python" -V))"; \
+	    exec "$$python" -m venv .venv; \
+	  fi; \
+	done; \
+	echo "No Python >= 3.12 with venv and ensurepip on PATH; looked for: $(PYTHONS)." >&2; \
+	echo "Install one, or name it: make PYTHONS=/path/to/python3.12 $(MAKECMDGOALS)" >&2; \
+	exit 1
+	$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check \
+	  -c constraints.txt -e '.[train,test,dev]'
+	@touch $@

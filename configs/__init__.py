@@ -1,0 +1,1 @@
+"""Jobs as plain values: one file a job, `get_config()` in each."""

@@ -1,0 +1,5 @@
+"""Lightning attention: linear attention with one constant decay a head."""
+
+from kernels_pallas.lightning_attention.api import lightning_attention, lightning_attention_step
+
+__all__ = ["lightning_attention", "lightning_attention_step"]

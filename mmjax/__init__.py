@@ -1,0 +1,15 @@
+"""MiniMax-01 and MiniMax-M1 in JAX."""
+
+from mmjax.cache import HybridCache
+from mmjax.config import ModelConfig
+from mmjax.convert import CheckpointError, load, save
+from mmjax.model import Decoder
+
+__all__ = [
+    "CheckpointError",
+    "Decoder",
+    "HybridCache",
+    "ModelConfig",
+    "load",
+    "save",
+]

@@ -1,0 +1,60 @@
+"""HybridCache: KV for the softmax layers, one constant-size state for each lightning layer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mmjax.config import LIGHTNING, SOFTMAX, ModelConfig
+
+
+class HybridCache(NamedTuple):
+    """What a row remembers of its tokens so far. A row is one sequence.
+
+    Attributes:
+      keys: [N softmax layers, B, S, G, K], RoPE applied; slot t holds the row's t-th real token,
+        whichever side the padding was on.
+      values: [N, B, S, G, K].
+      state: [M lightning layers, B, H, K, V] float32.
+      length: [B] int32, real tokens so far.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    state: jax.Array
+    length: jax.Array
+
+    @classmethod
+    def create(
+        cls, cfg: ModelConfig, batch: int, capacity: int, dtype: str | None = None
+    ) -> HybridCache:
+        """An empty cache for `batch` rows of at most `capacity` tokens.
+
+        Args:
+          cfg: The model's configuration.
+          batch: Rows.
+          capacity: S, tokens that a row can hold.
+          dtype: Of keys and values; None for the activations'.
+        """
+        softmax, lightning = cfg.kinds.count(SOFTMAX), cfg.kinds.count(LIGHTNING)
+        kv = (softmax, batch, capacity, cfg.num_kv_heads, cfg.head_dim)
+        state = (lightning, batch, cfg.num_heads, cfg.head_dim, cfg.head_dim)
+        return cls(
+            keys=jnp.zeros(kv, dtype or cfg.dtype),
+            values=jnp.zeros(kv, dtype or cfg.dtype),
+            state=jnp.zeros(state, jnp.float32),
+            length=jnp.zeros(batch, jnp.int32),
+        )
+
+    @property
+    def capacity(self) -> int:
+        """S, tokens that a row can hold."""
+        return self.keys.shape[2]
+
+    def repeat(self, times: int) -> HybridCache:
+        """Each row `times` times in a row: one prefill for a group of samples."""
+        return HybridCache(
+            *(jnp.repeat(x, times, axis=1) for x in self[:3]), jnp.repeat(self.length, times)
+        )

@@ -1,0 +1,98 @@
+"""The command line: `mmjax convert`, `mmjax generate`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from kernels_pallas.dispatch import UnavailableError
+from mmjax.config import ConfigError, ModelConfig
+from mmjax.convert import CheckpointError, CheckpointWarning, convert
+from mmjax.convert.api import LAYOUTS
+from mmjax.convert.native import differences
+from mmjax.sharding import ShardingError
+
+# What a user can put right; anything else is a bug and keeps its traceback.
+_USER_ERRORS = (CheckpointError, ConfigError, ShardingError, UnavailableError, OSError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: Arguments without the program's name; None for the process's own.
+
+    Returns:
+      0, or 2 after an error that is told on stderr.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = _parser(argv[:1]).parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", CheckpointWarning)
+        warnings.showwarning = _show_note
+        try:
+            return args.run(args)
+        except _USER_ERRORS as error:
+            print(f"mmjax {args.command}: error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(f"mmjax {args.command}: interrupted", file=sys.stderr)
+            return 130
+
+
+def _parser(command: list[str]) -> argparse.ArgumentParser:
+    """The parser; the arguments of a heavy command are added only where it is the one called."""
+    parser = argparse.ArgumentParser(
+        prog="mmjax", description="MiniMax-01 / M1 models in JAX: checkpoints and generation."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_convert(
+        commands.add_parser("convert", help="rewrite a model folder in another checkpoint layout")
+    )
+    generate = commands.add_parser("generate", help="continue a prompt with a model folder")
+    if command == ["generate"]:
+        from mmjax.engine import cli as engine_cli
+
+        engine_cli.add_arguments(generate)
+        generate.set_defaults(run=engine_cli.run)
+    return parser
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Rewrites a model folder. Reads the released layout, transformers' own, and Orbax; keeps "
+        "dtypes; copies tokenizer files; writes DST whole or not at all."
+    )
+    parser.add_argument("source", metavar="SRC", help="a model folder")
+    parser.add_argument("target", metavar="DST", help="a new or empty folder")
+    parser.add_argument(
+        "--to",
+        choices=LAYOUTS,
+        required=True,
+        help="hf: the released layout; hf-native: transformers' own; orbax: sharded loading",
+    )
+    parser.set_defaults(run=_convert)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    # Conversion runs on the host; it should not take an accelerator's memory.
+    jax.config.update("jax_platforms", "cpu")
+    convert(args.source, args.target, args.to)
+    if args.to == "hf-native":
+        for note in differences(ModelConfig.from_hf(args.target)):
+            print(f"mmjax convert: note: {note}", file=sys.stderr)
+    print(f"wrote {args.target}")
+    return 0
+
+
+def _show_note(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"mmjax: note: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

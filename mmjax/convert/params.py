@@ -1,0 +1,84 @@
+"""The parameters of one model, wherever they lie."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Sharding
+
+from mmjax.config import ModelConfig
+from mmjax.model import Decoder
+
+type Specs = dict[str, jax.ShapeDtypeStruct]
+type AnyArray = np.ndarray | jax.Array
+
+# Where a model folder keeps its Orbax checkpoint.
+PARAMS = "params"
+
+
+class Params(abc.ABC):
+    """What load, save and convert need of a model's parameters.
+
+    `specs` gives shape and dtype of each, by its dotted path in the model's NNX state.
+    """
+
+    cfg: ModelConfig
+    specs: Specs
+
+    @abc.abstractmethod
+    def at(self, param: str, place: tuple[int, ...]) -> np.ndarray:
+        """The parameter at a place of its stacked axes, on the host."""
+
+    @abc.abstractmethod
+    def arrays(self, shardings: Mapping[str, Sharding] | None) -> Iterator[tuple[str, AnyArray]]:
+        """Every parameter whole: sharded so, or where it is cheapest to have."""
+
+
+def abstract_decoder(cfg: ModelConfig) -> tuple[Any, nnx.State]:
+    """Structure and parameter shapes of a decoder, which is not built."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))))
+
+
+def param_specs(cfg: ModelConfig) -> Specs:
+    """Shape and initial dtype of each parameter, by dotted path."""
+    _, state = abstract_decoder(cfg)
+    return {name: jax.ShapeDtypeStruct(v.shape, v.dtype) for name, v in by_name(state).items()}
+
+
+def by_name(state: nnx.State) -> dict[str, Any]:
+    """The variables of a state by dotted path."""
+    return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+
+
+def with_dtype(cfg: ModelConfig, dtype: str) -> ModelConfig:
+    """The configuration with parameters and activations of this dtype."""
+    return dataclasses.replace(cfg, dtype=dtype, param_dtype=dtype)
+
+
+class ModelParams(Params):
+    """The parameters of a model in memory, on one device or on a mesh."""
+
+    def __init__(self, model: Decoder) -> None:
+        self.cfg = model.cfg
+        variables = by_name(nnx.state(model, nnx.Param))
+        self._arrays = {name: variable.get_value() for name, variable in variables.items()}
+        self.specs = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in self._arrays.items()}
+
+    def at(self, param: str, place: tuple[int, ...]) -> np.ndarray:
+        """The parameter at a place of its stacked axes, on the host."""
+        return np.asarray(_take(self._arrays[param], place))
+
+    def arrays(self, shardings: Mapping[str, Sharding] | None) -> Iterator[tuple[str, AnyArray]]:
+        """Every parameter where it is."""
+        del shardings
+        yield from self._arrays.items()
+
+
+# The place is traced, so that one program serves all layers of a parameter.
+_take = jax.jit(lambda array, place: array[place])

@@ -1,0 +1,183 @@
+"""Model folders of safetensors files."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+from safetensors import safe_open
+
+from mmjax.config import ModelConfig
+from mmjax.convert import headers
+from mmjax.convert.errors import CheckpointError, CheckpointWarning
+from mmjax.convert.native import BUFFERS
+from mmjax.convert.params import AnyArray, Params, param_specs, with_dtype
+from mmjax.convert.table import Table
+from mmjax.convert.view import Index, copy_into
+
+_TEXT_PREFIX = "language_model."
+_VISION = ("vision_tower.", "multi_modal_projector.", "image_newline")
+_BUFFERS = tuple(f".self_attn.{name}" for name in BUFFERS)
+
+
+class SafetensorsParams(Params):
+    """A folder of safetensors files in either layout, checked whole from its headers.
+
+    Args:
+      path: The folder: config.json, and model.safetensors or shards with their index.
+      dtype: Convert to this, routers excepted; None keeps each tensor's.
+
+    Raises:
+      ConfigError: config.json is wrong.
+      CheckpointError: lists everything that is wrong with the tensors. None was read.
+    """
+
+    def __init__(self, path: Path, dtype: str | None = None) -> None:
+        cfg = ModelConfig.from_hf(path)
+        folder = headers.read_folder(path)
+        if folder.problems and not folder.tensors:
+            raise CheckpointError(path, folder.problems)
+        found, left_out = _text_tensors(folder.tensors)
+        self._table = _matching_table(cfg, found)
+        problems = folder.problems + _compare(self._table, found, folder.lost)
+        if not problems and dtype is None:
+            problems = _mixed_dtypes(self._table, found)
+        if problems:
+            raise CheckpointError(path, problems)
+        if left_out:
+            what = ", ".join(f"{count} in {part}" for part, count in sorted(left_out.items()))
+            message = f"{path}: tensors that are not part of the text model stay behind: {what}"
+            warnings.warn(message, CheckpointWarning, stacklevel=4)
+        self._tensors = found
+        own = headers.DTYPES[found[self._table.of_param("embed.embedding")[()].key].dtype]
+        self.cfg = with_dtype(cfg, dtype or own)
+        self.specs = param_specs(self.cfg)
+        if dtype is None:
+            self.specs = {n: self._own_spec(n, spec.shape) for n, spec in self.specs.items()}
+        self._files = _Files()
+
+    def _own_spec(self, param: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        first = next(iter(self._table.of_param(param).values()))
+        return jax.ShapeDtypeStruct(shape, headers.DTYPES[self._tensors[first.key].dtype])
+
+    def at(self, param: str, place: tuple[int, ...]) -> np.ndarray:
+        """The parameter at a place of its stacked axes."""
+        inside = (slice(None),) * (len(self.specs[param].shape) - len(place))
+        index = (*(slice(i, i + 1) for i in place), *inside)
+        return self.read(param, index)[(0,) * len(place)]
+
+    def read(self, param: str, index: Index) -> np.ndarray:
+        """A slice of a parameter, reading no tensor that does not touch it."""
+        spec, pieces = self.specs[param], self._table.of_param(param)
+        spans = [range(size)[cut] for size, cut in zip(spec.shape, index, strict=True)]
+        place, piece = next(iter(pieces.items()))
+        stacked = len(place)
+        # In the file's order of axes, so that reading is plain copying; whoever takes the array
+        # transposes it, XLA faster than NumPy could, or another file's writer not at all.
+        order = [*range(stacked), *(stacked + axis for axis in piece.view.file_order)]
+        out = np.empty([len(spans[axis]) for axis in order], spec.dtype)
+        out = out.transpose(np.argsort(order))
+
+        def fill(place: tuple[int, ...]) -> None:
+            piece = pieces[place]
+            info = self._tensors[piece.key]
+            tensor = self._files.open(info.file).get_slice(info.name)
+            here = tuple(i - span.start for i, span in zip(place, spans, strict=False))
+            copy_into(out[here], piece.view.read(tensor, index[stacked:]))
+
+        # Copies leave the interpreter free, so threads share the work.
+        with ThreadPoolExecutor() as pool:
+            for _ in pool.map(fill, itertools.product(*spans[:stacked])):
+                pass
+        return out
+
+    def arrays(self, shardings: Mapping[str, Sharding] | None) -> Iterator[tuple[str, AnyArray]]:
+        """Every parameter, one at a time; on a mesh each device's part alone is read."""
+        for name, spec in self.specs.items():
+            if shardings is None:
+                yield name, self.at(name, ())
+            else:
+                read = partial(self.read, name)
+                yield name, jax.make_array_from_callback(spec.shape, shardings[name], read)
+
+
+class _Files:
+    """Safetensors files, opened when first needed and kept open."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, Any] = {}
+
+    def open(self, file: Path) -> Any:
+        if file not in self._open:
+            self._open[file] = safe_open(file, "np")
+        return self._open[file]
+
+
+def _text_name(name: str) -> str:
+    return name.removeprefix(_TEXT_PREFIX)
+
+
+def _text_tensors(
+    tensors: Mapping[str, headers.TensorInfo],
+) -> tuple[dict[str, headers.TensorInfo], Counter[str]]:
+    """The text model's tensors without VL's prefix, and how many are not its own, by part."""
+    left_out: Counter[str] = Counter()
+    if any(name.startswith(_TEXT_PREFIX) for name in tensors):
+        vision = {name for name in tensors if name.startswith(_VISION)}
+        left_out.update(name.split(".")[0] for name in vision)
+        # What has neither prefix must not pass for the text model's tensor of that name.
+        tensors = {
+            _text_name(name) if name.startswith(_TEXT_PREFIX) else f"{name} (no {_TEXT_PREFIX})": t
+            for name, t in tensors.items()
+            if name not in vision
+        }
+    return {name: t for name, t in tensors.items() if not name.endswith(_BUFFERS)}, left_out
+
+
+def _matching_table(cfg: ModelConfig, found: Mapping[str, headers.TensorInfo]) -> Table:
+    """The table of the layout that the names speak, whatever layout config.json is in."""
+    native = any(".mlp." in name for name in found)
+    return Table(cfg, "hf-native" if native else "hf")
+
+
+def _compare(table: Table, found: Mapping[str, headers.TensorInfo], lost: set[str]) -> list[str]:
+    """Every difference between the tensors that the model wants and those that are there."""
+    lost = {_text_name(name) for name in lost}
+    wrong, missing, unexpected = [], [], []
+    for key, shape in table.tensors.items():
+        info = found.get(key)
+        if info is None:
+            missing += [] if key in lost else [f"{key} is missing, expected {list(shape)}"]
+            continue
+        where = f"{info.file.name}: {key}"
+        if info.shape != shape:
+            wrong.append(f"{where} has shape {list(info.shape)}, expected {list(shape)}")
+        if info.dtype not in headers.DTYPES:
+            wrong.append(f"{where} has dtype {info.dtype}, expected {', '.join(headers.DTYPES)}")
+    for key, info in found.items():
+        if key not in table.tensors:
+            where = f"{info.file.name}: {key} {list(info.shape)}"
+            unexpected.append(f"{where} is no tensor of this model in the layout {table.layout}")
+    return wrong + missing + unexpected
+
+
+def _mixed_dtypes(table: Table, found: Mapping[str, headers.TensorInfo]) -> list[str]:
+    """Parameters whose stacked layers or experts come in several dtypes."""
+    problems = []
+    for param in table.param_shapes():
+        example = {found[p.key].dtype: p.key for p in table.of_param(param).values()}
+        if len(example) > 1:
+            seen = ", ".join(f"{key} in {dtype}" for dtype, key in example.items())
+            problems.append(
+                f"{param} is stacked from tensors of one dtype, got {seen}; pass a dtype to convert"
+            )
+    return problems

@@ -1,0 +1,1 @@
+"""The parts of the decoder, one file each."""

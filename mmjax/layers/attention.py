@@ -1,0 +1,91 @@
+"""The softmax attention layer: projections, partial RoPE, KV cache."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32
+
+from mmjax.config import ModelConfig
+from mmjax.layers import weights
+from mmjax.layers.rope import apply_rope
+from mmjax.layers.softmax import softmax_attention
+
+
+class SoftmaxAttention(nnx.Module):
+    """Grouped-query attention, RoPE on the first `rotary_dim` dimensions of a head.
+
+    Source: MiniMax-01 (arXiv 2501.08313), section 2.1, and the released modeling_minimax_m1.py.
+    """
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs) -> None:
+        d, h, g, k = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+        dtype = cfg.param_dtype
+        into = ("d_model", "heads", None)
+        kv = ("d_model", "kv_heads", None)
+        self.q = weights.weight(rngs, (d, h, k), into, dtype, fan_in=d, fan_out=h * k)
+        self.k = weights.weight(rngs, (d, g, k), kv, dtype, fan_in=d, fan_out=g * k)
+        self.v = weights.weight(rngs, (d, g, k), kv, dtype, fan_in=d, fan_out=g * k)
+        self.out = weights.weight(
+            rngs, (h, k, d), ("heads", None, "d_model"), dtype, fan_in=h * k, fan_out=d
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        angles: Float32[Array, "B T R"],
+        *,
+        segment_ids: Int32[Array, "B T"] | None,
+    ) -> Float[Array, "B T D"]:
+        """Attends causally within segments of x itself."""
+        q, k, v = self._project(x, angles)
+        batch, length = x.shape[:2]
+        index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
+        if segment_ids is not None:
+            index = jnp.where(segment_ids != 0, index, -1)
+        out = softmax_attention(
+            q, k, v, index, query_segments=segment_ids, key_segments=segment_ids
+        )
+        return self._output(out)
+
+    def extend(
+        self,
+        x: Float[Array, "B T D"],
+        angles: Float32[Array, "B T R"],
+        slots: Int32[Array, "B T"],
+        keys: Float[Array, "N B S G K"],
+        values: Float[Array, "N B S G K"],
+        layer: Int32[Array, ""],
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "N B S G K"], Float[Array, "N B S G K"]]:
+        """Writes x's keys and values into layer `layer` of the cache and attends over it.
+
+        Args:
+          x: Layer input [B, T, D].
+          angles: RoPE angles [B, T, R].
+          slots: Cache slot of each token [B, T]; S or more for padding, which is not written.
+          keys: Cached keys of all N softmax layers [N, B, S, G, K], RoPE applied.
+          values: Cached values [N, B, S, G, K].
+          layer: Which of the N layers this is.
+        """
+        q, k, v = self._project(x, angles)
+        row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+        write = keys.at[layer, row, slots].set
+        keys = write(k.astype(keys.dtype), mode="drop")
+        values = values.at[layer, row, slots].set(v.astype(values.dtype), mode="drop")
+        index = jnp.where(slots < keys.shape[2], slots, -1)
+        own_keys, own_values = keys[layer], values[layer]
+        out = softmax_attention(q, own_keys.astype(q.dtype), own_values.astype(q.dtype), index)
+        return self._output(out), keys, values
+
+    def _project(
+        self, x: jax.Array, angles: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, k, v = (
+            weights.project(x, kernel[...]).reshape(*x.shape[:2], *kernel.shape[1:])
+            for kernel in (self.q, self.k, self.v)
+        )
+        return apply_rope(q, angles), apply_rope(k, angles), v
+
+    def _output(self, out: jax.Array) -> jax.Array:
+        return weights.project(out.reshape(*out.shape[:2], -1), self.out[...])

@@ -1,0 +1,96 @@
+"""One decoder layer: post-norm residual around attention and experts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mmjax.cache import HybridCache
+from mmjax.config import LIGHTNING, ModelConfig
+from mmjax.layers.attention import SoftmaxAttention
+from mmjax.layers.lightning import LightningAttention
+from mmjax.layers.moe import MoE, RouterStats
+from mmjax.layers.norm import RMSNorm
+
+
+class Context(NamedTuple):
+    """What every layer of one call shares.
+
+    angles: RoPE angles [B, T, R]; segment_ids [B, T] or None; slots: cache slot of each token
+    [B, T], None without a cache.
+    """
+
+    angles: jax.Array
+    segment_ids: jax.Array | None
+    slots: jax.Array | None
+
+
+class LayerIndex(NamedTuple):
+    """A layer's own constants: decay rates [H], and its place among the layers of its kind."""
+
+    decay: jax.Array
+    place: jax.Array
+
+
+class Block(nnx.Module):
+    """x = norm(h); h = α x + β attn(x); y = norm(h); h = α y + β moe(y).
+
+    The residual is the normed tensor. With `postnorm` off it is h itself.
+
+    Source: MiniMax-01 (arXiv 2501.08313), section 2.4, and the released modeling_minimax_m1.py.
+    """
+
+    def __init__(self, cfg: ModelConfig, kind: str, rngs: nnx.Rngs) -> None:
+        lightning = kind == LIGHTNING
+        self.attention = (LightningAttention if lightning else SoftmaxAttention)(cfg, rngs)
+        self.moe = MoE(cfg, rngs)
+        norm = (cfg.hidden_size, "norm", cfg.norm_eps, cfg.param_dtype)
+        self.attention_norm = RMSNorm(*norm)
+        self.moe_norm = RMSNorm(*norm)
+        self.attention_scales = (
+            (cfg.lightning_alpha, cfg.lightning_beta)
+            if lightning
+            else (cfg.softmax_alpha, cfg.softmax_beta)
+        )
+        self.moe_scales = (cfg.mlp_alpha, cfg.mlp_beta)
+        self.postnorm = cfg.postnorm
+
+    def __call__(
+        self, h: jax.Array, cache: HybridCache | None, index: LayerIndex, ctx: Context
+    ) -> tuple[jax.Array, HybridCache | None, RouterStats]:
+        """Runs the layer on h [B, T, D], updating its own part of the cache."""
+        x = self.attention_norm(h)
+        attended, cache = self._attend(x, cache, index, ctx)
+        alpha, beta = self.attention_scales
+        h = alpha * (x if self.postnorm else h) + beta * attended
+        y = self.moe_norm(h)
+        real = None if ctx.segment_ids is None else ctx.segment_ids != 0
+        mixed, stats = self.moe(y, real)
+        alpha, beta = self.moe_scales
+        return alpha * (y if self.postnorm else h) + beta * mixed, cache, stats
+
+    def _attend(
+        self, x: jax.Array, cache: HybridCache | None, index: LayerIndex, ctx: Context
+    ) -> tuple[jax.Array, HybridCache | None]:
+        layer = self.attention
+        if isinstance(layer, LightningAttention):
+            state = None if cache is None else cache.state[index.place]
+            out, state = layer(x, index.decay, segment_ids=ctx.segment_ids, state=state)
+            if cache is not None:
+                cache = cache._replace(state=cache.state.at[index.place].set(state))
+            return out, cache
+        if cache is None:
+            return layer(x, ctx.angles, segment_ids=ctx.segment_ids), None
+        assert ctx.slots is not None
+        out, keys, values = layer.extend(
+            x, ctx.angles, ctx.slots, cache.keys, cache.values, index.place
+        )
+        return out, cache._replace(keys=keys, values=values)
+
+
+def empty_stats(stats: RouterStats) -> RouterStats:
+    """The statistics without the per-token logits, for calls that do not ask for them."""
+    return stats._replace(logits=jnp.zeros((), jnp.float32))

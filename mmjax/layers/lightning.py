@@ -1,0 +1,118 @@
+"""The lightning attention layer around the kernel: projections, decay rates, norm and gate."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32
+
+from kernels_pallas import lightning_attention, lightning_attention_step
+from mmjax.config import ModelConfig
+from mmjax.layers import weights
+from mmjax.layers.norm import rms_norm
+
+# The released code leaves the inner norm at its class default, whatever rms_norm_eps says.
+INNER_NORM_EPS = 1e-6
+
+
+def decay_rates(num_heads: int, num_layers: int) -> np.ndarray:
+    """Decay rate of each layer and head [L, H] float32; softmax layers are counted, unused.
+
+    s = 2^(-8 h / H) · (1 - l / (L - 1) + 1e-5) with h = 1..H and l = 0..L-1; for H not a power
+    of two, ALiBi's interpolation.
+
+    Source: MiniMax-01, section 2.2.2, and `_build_slope_tensor` of the released code.
+    """
+    slopes = np.array(_alibi_slopes(num_heads), np.float32)
+    layer = np.arange(num_layers, dtype=np.float64)
+    factor = 1 - layer / max(num_layers - 1, 1) + 1e-5
+    return slopes[None, :] * factor.astype(np.float32)[:, None]
+
+
+def _alibi_slopes(heads: int) -> list[float]:
+    if math.log2(heads).is_integer():
+        return [2 ** (-8 * (h + 1) / heads) for h in range(heads)]
+    below = 2 ** math.floor(math.log2(heads))
+    return _alibi_slopes(below) + _alibi_slopes(2 * below)[0::2][: heads - below]
+
+
+class LightningAttention(nnx.Module):
+    """out_proj(sigmoid(gate(x)) · RMSNorm(lightning(silu(qkv(x))))).
+
+    Source: MiniMax-01 (arXiv 2501.08313), section 2.2, and the released modeling_minimax_m1.py.
+    """
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs) -> None:
+        d, h, k, dtype = cfg.hidden_size, cfg.num_heads, cfg.head_dim, cfg.param_dtype
+        # Head-major: each head holds its q, k and v side by side, as the checkpoints do.
+        self.qkv = weights.weight(
+            rngs,
+            (d, h, 3, k),
+            ("d_model", "heads", None, None),
+            dtype,
+            fan_in=d,
+            fan_out=3 * h * k,
+        )
+        self.gate = weights.weight(
+            rngs, (d, h, k), ("d_model", "heads", None), dtype, fan_in=d, fan_out=h * k
+        )
+        self.norm = weights.ones((h, k), ("heads", None), dtype)
+        self.out = weights.weight(
+            rngs, (h, k, d), ("heads", None, "d_model"), dtype, fan_in=h * k, fan_out=d
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        decay: Float32[Array, " H"],
+        *,
+        segment_ids: Int32[Array, "B T"] | None,
+        state: Float32[Array, "B H K V"] | None,
+    ) -> tuple[Float[Array, "B T D"], Float32[Array, "B H K V"]]:
+        """Attends causally within segments.
+
+        Args:
+          x: Layer input [B, T, D].
+          decay: Rates of this layer [H].
+          segment_ids: [B, T], 0 is padding; None where every token is real and of one document.
+          state: State before the first token, None for zeros.
+
+        Returns:
+          Output [B, T, D] and the state after the last real token.
+        """
+        batch, length, _ = x.shape
+        _, heads, _, dim = self.qkv.shape
+        qkv = jax.nn.silu(weights.project(x, self.qkv[...]))
+        qkv = qkv.reshape(batch, length, heads, 3, dim)
+        # The transpose of a split is one concatenation, that of three slices is three paddings.
+        q, k, v = (part[:, :, :, 0] for part in jax.lax.split(qkv, (1, 1, 1), axis=3))
+        if state is not None and length == 1:
+            out, state = _step(q, k, v, decay, segment_ids, state)
+        else:
+            out, state = lightning_attention(
+                q, k, v, decay, segment_ids=segment_ids, initial_state=state
+            )
+        flat = out.reshape(batch, length, heads * dim)
+        normed = rms_norm(flat, self.norm[...].reshape(-1), INNER_NORM_EPS)
+        gate = jax.nn.sigmoid(weights.project(x, self.gate[...]))
+        return weights.project(gate * normed, self.out[...]), state
+
+
+def _step(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    decay: jax.Array,
+    segment_ids: jax.Array | None,
+    state: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    out, after = lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], decay, state)
+    if segment_ids is not None:
+        real = segment_ids[:, 0] != 0
+        after = jnp.where(real[:, None, None, None], after, state)
+        out = jnp.where(real[:, None, None], out, 0)
+    return out[:, None], after

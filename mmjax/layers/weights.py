@@ -1,0 +1,72 @@
+"""How weights are made and used: initialisers with logical axes, products in the right precision."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kernels_pallas.numerics import einsum32
+
+
+def weight(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    dtype: str,
+    *,
+    fan_in: int,
+    fan_out: int,
+    gain: float = 1.0,
+) -> nnx.Param[jax.Array]:
+    """A Xavier-normal parameter, std gain·sqrt(2 / (fan_in + fan_out)).
+
+    Args:
+      rngs: Source of randomness.
+      shape: Of the parameter.
+      axes: Logical axis of each dimension, see `mmjax.sharding`.
+      dtype: Of the parameter.
+      fan_in: Inputs that each output sums over.
+      fan_out: Outputs that each input feeds.
+      gain: DeepNorm's factor for the weights that write to the residual.
+
+    Source: MiniMax-01 (arXiv 2501.08313), section 4.2: Xavier initialisation.
+    """
+    std = gain * (2 / (fan_in + fan_out)) ** 0.5
+    return normal(rngs, shape, axes, dtype, std)
+
+
+def normal(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    dtype: str,
+    std: float,
+) -> nnx.Param[jax.Array]:
+    """A parameter drawn from N(0, std²)."""
+    value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value.astype(dtype), axes=axes)
+
+
+def ones(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: str
+) -> nnx.Param[jax.Array]:
+    """A parameter of ones, for norm scales."""
+    return nnx.Param(jnp.ones(shape, dtype), axes=axes)
+
+
+def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x times kernel in x.dtype with float32 accumulation.
+
+    The product is left flat, [..., all output dimensions together]: XLA's element-wise loops on
+    CPUs are several times slower over short inner dimensions.
+
+    Args:
+      x: [..., D].
+      kernel: [*D, *out], leading dimensions that multiply to D, then those of the output.
+
+    Returns:
+      [..., prod(out)] in x.dtype.
+    """
+    flat = kernel.reshape(x.shape[-1], -1)
+    return einsum32("...d,df->...f", x, flat, x.dtype).astype(x.dtype)

@@ -1,0 +1,258 @@
+"""The hybrid decoder: embedding, a scan over super-blocks, final norm, LM head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32
+
+from kernels_pallas.lightning_attention.clock import places_in_segments
+from mmjax.cache import HybridCache
+from mmjax.config import LIGHTNING, SOFTMAX, ModelConfig
+from mmjax.layers.block import Block, Context, LayerIndex, empty_stats
+from mmjax.layers.embed import Embed, Head, tied_logits
+from mmjax.layers.lightning import decay_rates
+from mmjax.layers.moe import RouterStats, load_balancing_loss
+from mmjax.layers.norm import RMSNorm
+from mmjax.layers.rope import rope_angles
+from mmjax.sharding import constrain
+
+
+class Aux(NamedTuple):
+    """What the routers did with the real tokens.
+
+    load_balancing_loss []: differentiable, not yet multiplied by its coefficient;
+    tokens_per_expert [L, E]; router_probability [L, E], mean; router_entropy [L], mean, nats.
+    """
+
+    load_balancing_loss: jax.Array
+    tokens_per_expert: jax.Array
+    router_probability: jax.Array
+    router_entropy: jax.Array
+
+
+class Intermediates(NamedTuple):
+    """hidden_states [L + 1, B, T, D]: the input of each layer, and last the final norm's output;
+    router_logits [L, B, T, E]."""
+
+    hidden_states: jax.Array
+    router_logits: jax.Array
+
+
+class Output(NamedTuple):
+    """logits [B, T, vocab] float32 (None if not asked for); hidden [B, T, D] after the final
+    norm; the updated cache, if one was given; aux; intermediates, if asked for."""
+
+    logits: jax.Array | None
+    hidden: jax.Array
+    cache: HybridCache | None
+    aux: Aux
+    intermediates: Intermediates | None
+
+
+class SuperBlock(nnx.Module):
+    """The repeating pattern of layers, as runs of one kind with stacked parameters."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs) -> None:
+        self.runs = nnx.List(
+            [
+                _stack(lambda r, kind=kind: Block(cfg, kind, r), count, rngs)
+                for kind, count in pattern_runs(cfg)
+            ]
+        )
+
+
+class Decoder(nnx.Module):
+    """A MiniMax-01 / M1 decoder.
+
+    Parameters of the layers are stacked [super-blocks, layers of the run, ...]. Super-blocks are
+    scanned; a pattern without a period is one super-block whose runs are looped over.
+
+    Args:
+      cfg: The architecture.
+      rngs: Source of the initial parameters.
+      remat: Recompute each super-block in the backward pass instead of storing its activations.
+    """
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, remat: bool = True) -> None:
+        self.cfg = cfg
+        self.remat = remat
+        self.embed = Embed(cfg, rngs)
+        self.blocks = _stack(lambda r: SuperBlock(cfg, r), cfg.num_layers // cfg.period, rngs)
+        self.norm = RMSNorm(cfg.hidden_size, "norm", cfg.norm_eps, cfg.param_dtype)
+        self.head = None if cfg.tie_embeddings else Head(cfg, rngs)
+
+    def __call__(
+        self,
+        tokens: Int32[Array, "B T"],
+        *,
+        positions: Int32[Array, "B T"] | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        cache: HybridCache | None = None,
+        compute_logits: bool = True,
+        return_intermediates: bool = False,
+    ) -> Output:
+        """Runs the decoder.
+
+        Args:
+          tokens: [B, T] int32.
+          positions: RoPE positions [B, T]; None for the place of a token in its segment, or in
+            its row's sequence so far with a cache.
+          segment_ids: [B, T]; 0 is padding, on any side. Documents packed in a row carry ids of
+            their own and do not see each other. With a cache a row is one sequence, and ids only
+            tell padding from tokens.
+          cache: What the rows have seen so far; the result holds it updated. The caller sees to
+            it that no row outgrows the capacity: tokens past it are not remembered.
+          compute_logits: False leaves `logits` None, for callers that need a few positions.
+          return_intermediates: Also return hidden states and router logits layer by layer.
+
+        Raises:
+          ValueError: T exceeds the capacity of the cache.
+        """
+        if cache is not None and tokens.shape[1] > cache.capacity:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens do not fit a cache of capacity {cache.capacity}; "
+                "create it larger"
+            )
+        positions, slots, segment_ids = _places(tokens, positions, segment_ids, cache)
+        ctx = Context(
+            rope_angles(positions, self.cfg.rotary_dim, self.cfg.rope_theta), segment_ids, slots
+        )
+        h = constrain(self.embed(tokens), "batch", "sequence", None)
+        h, cache, stats, inputs = self._layers(h, cache, ctx, return_intermediates)
+        if cache is not None:
+            cache = cache._replace(length=cache.length + _real_counts(tokens, segment_ids))
+        hidden = self.norm(h)
+        logits = self.logits(hidden) if compute_logits else None
+        seen = None
+        if return_intermediates:
+            seen = Intermediates(jnp.concatenate([inputs, hidden[None]]), stats.logits)
+        return Output(logits, hidden, cache, _aux(stats, tokens, segment_ids), seen)
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T vocab"]:
+        """LM head on the final norm's output, in float32."""
+        if self.head is None:
+            return tied_logits(hidden, self.embed.embedding[...])
+        return self.head(hidden)
+
+    def _layers(
+        self, h: jax.Array, cache: HybridCache | None, ctx: Context, keep: bool
+    ) -> tuple[jax.Array, HybridCache | None, RouterStats, jax.Array]:
+        """All layers; statistics and (if `keep`) layer inputs come back [L, ...]."""
+
+        def layer(carry: _Carry, x: tuple[Block, LayerIndex]) -> tuple[_Carry, _LayerOut]:
+            h, cache = carry
+            block, index = x
+            out, cache, stats = block(h, cache, index, ctx)
+            out = constrain(out, "batch", "sequence", None)
+            if not keep:
+                return (out, cache), (empty_stats(stats), jnp.zeros(()))
+            return (out, cache), (stats, h)
+
+        def super_block(
+            carry: _Carry, x: tuple[SuperBlock, list[LayerIndex]]
+        ) -> tuple[_Carry, _LayerOut]:
+            block, indices = x
+            outs = []
+            for run, index in zip(block.runs, indices, strict=True):
+                carry, out = _scan(layer, carry, (run, index))
+                outs.append(out)
+            return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
+
+        if cache is None:
+            layer = jax.checkpoint(layer) if self.remat != "none" else layer
+            super_block = jax.checkpoint(super_block) if self.remat == "super_block" else super_block
+        carry, outs = _scan(super_block, (h, cache), (self.blocks, _layer_indices(self.cfg)))
+        stats, inputs = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outs)
+        return *carry, stats, inputs
+
+
+type _Carry = tuple[jax.Array, HybridCache | None]
+type _LayerOut = tuple[RouterStats, jax.Array]
+
+
+def pattern_runs(cfg: ModelConfig) -> list[tuple[str, int]]:
+    """The repeating pattern as runs of one kind, [("lightning", 7), ("softmax", 1)] as released."""
+    pattern = cfg.kinds[: cfg.period]
+    return [(kind, len(list(group))) for kind, group in groupby(pattern)]
+
+
+def _layer_indices(cfg: ModelConfig) -> list[LayerIndex]:
+    """For each run, decay rates and places stacked [super-blocks, layers of the run, ...]."""
+    rates = decay_rates(cfg.num_heads, cfg.num_layers)
+    kinds = np.array(cfg.kinds)
+    place = np.zeros(cfg.num_layers, np.int32)
+    for kind in (LIGHTNING, SOFTMAX):
+        place[kinds == kind] = np.arange((kinds == kind).sum())
+    indices, first = [], 0
+    for _, count in pattern_runs(cfg):
+        layers = np.arange(cfg.num_layers).reshape(-1, cfg.period)[:, first : first + count]
+        indices.append(LayerIndex(jnp.asarray(rates[layers]), jnp.asarray(place[layers])))
+        first += count
+    return indices
+
+
+def _stack[M: nnx.Module](make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
+    """`count` modules with their parameters stacked on a new leading axis."""
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def make_all(each: nnx.Rngs) -> M:
+        return make(each)
+
+    return make_all(rngs)
+
+
+def _scan(body: Callable[..., Any], carry: _Carry, xs: Any) -> tuple[_Carry, Any]:
+    """`jax.lax.scan`, without a loop for a single step."""
+    leading = jax.tree.leaves(xs)[0].shape[0]
+    if leading > 1:
+        return jax.lax.scan(body, carry, xs)
+    carry, out = body(carry, jax.tree.map(lambda x: x[0], xs))
+    return carry, jax.tree.map(lambda x: x[None], out)
+
+
+def _places(
+    tokens: jax.Array,
+    positions: jax.Array | None,
+    segment_ids: jax.Array | None,
+    cache: HybridCache | None,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """RoPE positions, cache slots and the segment ids that the layers are to see."""
+    batch, length = tokens.shape
+    if cache is not None and segment_ids is not None:
+        segment_ids = (segment_ids != 0).astype(jnp.int32)
+    if segment_ids is None:
+        place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
+    else:
+        place = places_in_segments(segment_ids)
+    if cache is None:
+        return place if positions is None else positions, None, segment_ids
+    slots = cache.length[:, None] + place
+    if segment_ids is not None:
+        slots = jnp.where(segment_ids != 0, slots, cache.capacity)
+    return slots if positions is None else positions, slots, segment_ids
+
+
+def _real_counts(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """Real tokens of each row [B]."""
+    if segment_ids is None:
+        return jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
+    return jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
+
+
+def _aux(stats: RouterStats, tokens: jax.Array, segment_ids: jax.Array | None) -> Aux:
+    count = jnp.sum(_real_counts(tokens, segment_ids)).astype(jnp.float32)
+    mean = 1 / jnp.maximum(count, 1)
+    return Aux(
+        load_balancing_loss(stats.tokens_per_expert, stats.probability_sum, count),
+        stats.tokens_per_expert,
+        stats.probability_sum * mean,
+        stats.entropy_sum * mean,
+    )

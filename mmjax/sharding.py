@@ -1,0 +1,153 @@
+"""Mesh, logical axes and the one table that maps them to the mesh's."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "context", "expert", "model")
+
+
+class ShardingError(ValueError):
+    """A mesh that the devices or the model do not fit; the message names both."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """Mesh axes of each logical axis. No two logical axes of one array may share a mesh axis.
+
+    Expert weights put d_model on `data` alone, because `expert` already holds their experts;
+    all other weights spread it over both.
+    """
+
+    batch: tuple[str, ...] = ("data", "expert")
+    sequence: tuple[str, ...] = ("context",)
+    vocab: tuple[str, ...] = ("model",)
+    d_model: tuple[str, ...] = ("data", "expert")
+    heads: tuple[str, ...] = ("model",)
+    kv_heads: tuple[str, ...] = ("model",)
+    experts: tuple[str, ...] = ("expert",)
+    ffn: tuple[str, ...] = ("model",)
+    norm: tuple[str, ...] = ()
+
+    def spec(self, axes: Sequence[str | None], *, of: str = "array") -> PartitionSpec:
+        """The physical axes of logical ones.
+
+        Args:
+          axes: Logical axis of each dimension, None for a whole one.
+          of: Name of the array, for messages.
+
+        Raises:
+          ShardingError: unknown logical axis, or a mesh axis wanted twice.
+        """
+        entries: list[tuple[str, ...]] = []
+        for axis in axes:
+            if axis is not None and axis not in self.__dataclass_fields__:
+                known = ", ".join(self.__dataclass_fields__)
+                raise ShardingError(f"{of}: unknown logical axis {axis!r}; known: {known}")
+            entries.append(() if axis is None else getattr(self, axis))
+        if "experts" in axes:
+            taken = set(self.experts)
+            entries = [
+                tuple(m for m in entry if axis == "experts" or m not in taken)
+                for axis, entry in zip(axes, entries, strict=True)
+            ]
+        flat = [m for entry in entries for m in entry]
+        twice = sorted({m for m in flat if flat.count(m) > 1})
+        if twice:
+            raise ShardingError(f"{of}: logical axes {tuple(axes)} want mesh axis {twice} twice")
+        return PartitionSpec(*(entry or None for entry in entries))
+
+
+DEFAULT_RULES = ShardingRules()
+
+
+def make_mesh(
+    shape: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh with all four axes, those not named of size 1.
+
+    Args:
+      shape: Size of each axis, e.g. {"data": 4, "expert": 2}; at most one may be -1, which takes
+        the devices that are left.
+      devices: Devices to use; None for all.
+
+    Raises:
+      ShardingError: unknown axis, or sizes that do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = dict(shape or {"data": len(devices)})
+    unknown = sorted(set(shape) - set(MESH_AXES))
+    if unknown:
+        raise ShardingError(f"unknown mesh axis {unknown}; known: {', '.join(MESH_AXES)}")
+    sizes = [shape.get(axis, 1) for axis in MESH_AXES]
+    if sizes.count(-1) == 1:
+        fixed = math.prod(s for s in sizes if s != -1)
+        sizes[sizes.index(-1)] = len(devices) // max(fixed, 1)
+    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+        wanted = ",".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True))
+        raise ShardingError(
+            f"mesh {wanted} needs {math.prod(sizes)} devices, there are {len(devices)}; "
+            "change the sizes, or give one axis -1 to take what is left"
+        )
+    grid = np.array(devices).reshape(sizes)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def param_shardings(
+    params: nnx.State, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES
+) -> nnx.State:
+    """The sharding of each parameter, in the same tree.
+
+    Args:
+      params: Parameters, or their shapes, with `axes` metadata.
+      mesh: From `make_mesh`.
+      rules: Logical to physical axes.
+
+    Raises:
+      ShardingError: lists every parameter that the mesh does not divide.
+    """
+    problems: list[str] = []
+
+    def one(path: tuple[Any, ...], variable: nnx.Variable[Any]) -> nnx.Variable[Any]:
+        name = ".".join(map(str, path))
+        shape = variable.get_value().shape
+        axes = variable.get_metadata("axes")
+        stacked = (None,) * (len(shape) - len(axes))  # layers are stacked in front
+        spec = rules.spec((*stacked, *axes), of=name)
+        problems.extend(_undivided(name, shape, spec, mesh))
+        return variable.replace(NamedSharding(mesh, spec))
+
+    shardings = nnx.from_flat_state([(p, one(p, v)) for p, v in nnx.to_flat_state(params)])
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" * (len(problems) > 5))
+        raise ShardingError(f"the mesh does not divide the model: {shown}")
+    return shardings
+
+
+def _undivided(
+    name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh
+) -> list[str]:
+    found = []
+    for dim, (size, entry) in enumerate(zip(shape, spec, strict=True)):
+        names = (entry,) if isinstance(entry, str) else entry or ()  # a spec unwraps one name
+        parts = math.prod(mesh.shape[axis] for axis in names)
+        if size % parts:
+            axes = "·".join(f"{axis}={mesh.shape[axis]}" for axis in names)
+            found.append(f"{name} dimension {dim} of size {size} over {axes}")
+    return found
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins an activation to its logical axes under the mesh of `jax.set_mesh`; else nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
+        return x
+    return jax.lax.with_sharding_constraint(x, DEFAULT_RULES.spec(axes, of="activation"))

@@ -1,0 +1,82 @@
+"""Text to ids and back: a thin coat over a Hugging Face `tokenizer.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+BOS = "<beginning_of_sentence>"
+EOS = "<end_of_sentence>"
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be read, or lacks a token that the models need."""
+
+
+class Tokenizer:
+    """A byte-level BPE or any other `tokenizers` model with MiniMax's turn markers.
+
+    Args:
+      backend: The parsed tokenizer.
+      eos: The token that ends a turn; generation stops there.
+
+    Raises:
+      TokenizerError: the vocabulary has no such token.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, eos: str = EOS) -> None:
+        self.backend = backend
+        found = backend.token_to_id(eos)
+        if found is None:
+            raise TokenizerError(f"the tokenizer has no token {eos!r}, which ends a turn")
+        self.eos_id = int(found)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """Reads `tokenizer.json` (and `eos_token` of tokenizer_config.json) of a model folder.
+
+        Raises:
+          TokenizerError: the file is missing or broken.
+        """
+        folder = Path(folder)
+        file = folder / "tokenizer.json"
+        if not file.exists():
+            raise TokenizerError(f"{file} does not exist; copy the model's tokenizer.json there")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"{file} is not a tokenizer: {error}") from None
+        return cls(backend, _eos_token(folder))
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `tokenizer.json` and the little of tokenizer_config.json that is needed."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(folder / "tokenizer.json"))
+        eos = self.backend.id_to_token(self.eos_id)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "bos_token": BOS}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included."""
+        return int(self.backend.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text; special tokens in it become their ids, none is added."""
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of the ids."""
+        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+
+def _eos_token(folder: Path) -> str:
+    file = folder / "tokenizer_config.json"
+    if not file.exists():
+        return EOS
+    token = json.loads(file.read_text()).get("eos_token") or EOS
+    return str(token["content"] if isinstance(token, dict) else token)

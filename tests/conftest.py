@@ -1,0 +1,31 @@
+"""Strict JAX, eight CPU devices, and array annotations that are checked at every call."""
+
+from pathlib import Path
+
+import jax
+import jaxtyping
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_configure(config):
+    # tests/gpu runs on a machine with a GPU and with what that machine has installed.
+    if any("gpu" in Path(str(arg)).parts for arg in config.args):
+        return
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    # Flax annotates nnx.State with typing.Hashable, which beartype calls deprecated.
+    config.addinivalue_line(
+        "filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning"
+    )
+    jaxtyping.install_import_hook(["kernels_pallas", "mmjax"], "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The folder of the golden data; its README says what each field is."""
+    return GOLDEN

@@ -1,0 +1,154 @@
+"""One suite for every implementation of lightning attention, against the float64 recurrence."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import lightning_attention, lightning_attention_step
+from kernels_pallas.dispatch import UnavailableError
+from kernels_pallas.testing import assert_close, lightning_inputs, lightning_oracle
+
+# The largest and the smallest rate of the released model (80 layers, 64 heads), and one between.
+DECAY = (0.9170132, 0.01, 3.90625e-8)
+LENGTHS = (1, 63, 64, 65, 200)
+
+
+def _packed(*rows):
+    """Segment ids from (id, count) pairs, one list a row."""
+    return np.array([[i for i, count in row for _ in range(count)] for row in rows], np.int32)
+
+
+SEGMENTS = {
+    "documents": _packed([(1, 64), (2, 1), (3, 135)], [(7, 100), (3, 63), (9, 37)]),
+    "of length 1": np.tile(np.arange(1, 201, dtype=np.int32), (2, 1)),
+    "padding at the end": _packed([(1, 130), (0, 70)], [(1, 1), (0, 199)]),
+    "padding at the start": _packed([(0, 70), (1, 130)], [(0, 199), (1, 1)]),
+    "padding in the middle": _packed([(1, 60), (0, 70), (1, 70)], [(1, 3), (0, 61), (2, 136)]),
+    "padding alone": _packed([(0, 200)], [(1, 200)]),
+    "everything": _packed(
+        [(0, 5), (4, 60), (0, 64), (4, 1), (2, 70)], [(1, 1), (0, 1), (2, 1), (3, 127), (0, 70)]
+    ),
+}
+
+
+def _attend(inputs, **kwargs):
+    return lightning_attention(*map(jnp.asarray, inputs[:4]), **kwargs)
+
+
+@functools.cache
+def _program(implementation):
+    """Results and gradients in one program."""
+
+    @jax.jit
+    def run(q, k, v, decay, segment_ids, initial_state, d_out, d_state):
+        def attend(q, k, v, state):
+            return lightning_attention(
+                q,
+                k,
+                v,
+                decay,
+                segment_ids=segment_ids,
+                initial_state=state,
+                implementation=implementation,
+            )
+
+        (out, state), pull = jax.vjp(attend, q, k, v, initial_state)
+        return out, state, *pull((d_out, d_state))
+
+    return run
+
+
+class Suite:
+    """What every implementation has to do."""
+
+    implementation: str
+
+    def check(self, inputs, dtype="float32"):
+        actual = _program(self.implementation)(*inputs)
+        expected = lightning_oracle(inputs)
+        # An output sums K products of states that sum T products each.
+        terms = inputs.q.shape[1] * max(inputs.q.shape[-1], inputs.v.shape[-1])
+        for name, got, want in zip(expected._fields, actual, expected, strict=True):
+            assert_close(got, want, dtype, terms, name)
+        assert [x.dtype for x in actual] == [
+            *(inputs.v.dtype, jnp.float32, inputs.q.dtype, inputs.k.dtype, inputs.v.dtype),
+            jnp.float32,
+        ]
+
+    @pytest.mark.parametrize("length", LENGTHS)
+    def test_lengths(self, length):
+        self.check(lightning_inputs(length, length=length, decay=DECAY))
+
+    @pytest.mark.parametrize("case", SEGMENTS)
+    def test_segments(self, case):
+        self.check(lightning_inputs(7, length=200, decay=DECAY, segment_ids=SEGMENTS[case]))
+
+    def test_bfloat16(self):
+        inputs = lightning_inputs(3, length=200, decay=DECAY, dtype="bfloat16")
+        self.check(inputs._replace(segment_ids=SEGMENTS["everything"]), "bfloat16")
+
+    def test_values_wider_than_keys(self):
+        self.check(lightning_inputs(4, length=65, decay=DECAY, key_dim=8, value_dim=40))
+
+    def test_no_decay(self):
+        self.check(lightning_inputs(5, length=65, decay=(0.0, 0.0, 0.0)))
+
+    def test_without_initial_state(self):
+        inputs = lightning_inputs(6, length=65, decay=DECAY)
+        inputs = inputs._replace(initial_state=np.zeros_like(inputs.initial_state))
+        out, state = _attend(inputs, implementation=self.implementation)
+        expected = lightning_oracle(inputs)
+        assert_close(out, expected.out, "float32", 65 * 24)
+        assert_close(state, expected.state, "float32", 65 * 24)
+
+    def test_a_row_without_tokens_keeps_its_state(self):
+        inputs = lightning_inputs(8, length=65, decay=DECAY)
+        inputs = inputs._replace(segment_ids=np.zeros((2, 65), np.int32))
+        out, state, *_ = _program(self.implementation)(*inputs)
+        np.testing.assert_array_equal(state, inputs.initial_state)
+        np.testing.assert_array_equal(out, np.zeros_like(out))
+
+    def test_padding_is_not_read(self):
+        inputs = lightning_inputs(9, length=200, decay=DECAY, segment_ids=SEGMENTS["everything"])
+        poison = np.where(inputs.segment_ids == 0, np.float32(1e30), np.float32(1))
+        poisoned = inputs._replace(v=inputs.v * poison[..., None, None])
+        run = _program(self.implementation)
+        (out, state, *_), (same_out, same_state, *_) = run(*inputs), run(*poisoned)
+        np.testing.assert_array_equal(same_out, out)
+        np.testing.assert_array_equal(same_state, state)
+
+
+class TestReference(Suite):
+    implementation = "reference"
+
+
+class TestChunked(Suite):
+    implementation = "chunked"
+
+
+def test_step_is_one_token():
+    inputs = lightning_inputs(1, length=1, decay=DECAY)
+    first = (jnp.asarray(x[:, 0]) for x in (inputs.q, inputs.k, inputs.v))
+    rest = map(jnp.asarray, (inputs.decay, inputs.initial_state))
+    out, state = lightning_attention_step(*first, *rest)
+    expected = lightning_oracle(inputs)
+    assert_close(out, expected.out[:, 0], "float32", 24)
+    assert_close(state, expected.state, "float32", 1)
+
+
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "mosaic_tpu", "Chunked"])
+def test_implementation_that_cannot_run(implementation):
+    inputs = lightning_inputs(1, length=1, decay=DECAY)
+    with pytest.raises(
+        UnavailableError, match=r"lightning_attention.*available: chunked, reference"
+    ):
+        _attend(inputs, implementation=implementation)
+
+
+def test_no_tokens():
+    inputs = lightning_inputs(1, length=0, decay=DECAY)
+    with pytest.raises(ValueError, match="at least one token; got T = 0"):
+        _attend(inputs)

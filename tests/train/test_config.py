@@ -1,0 +1,332 @@
+"""Job configs: what is refused and how, the configs of this repository, the gin overlay."""
+
+import copy
+import importlib
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from ml_collections import ConfigDict
+
+import train.__main__ as cli
+from mmjax.config import ConfigError
+from mmjax.model import Decoder
+from tests.train.programs import lenient
+from train import config as job_config
+from train.cispo import Batch, cispo_step
+from train.config import build
+from train.data.reasoning import split_problems
+from train.gin_overlay import apply_gin
+from train.optimizer import make_optimizer
+from train.state import init_state
+from train.step import language_step
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+VALID = {
+    "task": "sft",
+    "steps": 10,
+    "model": {"num_layers": 2, "layer_types": ("lightning", "softmax")},
+    "data": {"source": "reasoning", "tasks": ("chain_sum",)},
+}
+
+
+def job(**changes):
+    """A py-config from VALID with dotted keys changed, `__` for the dot."""
+    values = copy.deepcopy(VALID)
+    for name, value in changes.items():
+        *sections, key = name.split("__")
+        target = values
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[key] = value
+    return ConfigDict(values)
+
+
+def message(config):
+    with pytest.raises(ConfigError) as caught:
+        build(config)
+    return str(caught.value)
+
+
+def test_values_arrive_typed():
+    built = build(job(optimizer__learning_rate=1, mesh__data=-1, data__tasks=["products"]))
+    assert built.optimizer.learning_rate == 1.0
+    assert isinstance(built.optimizer.learning_rate, float)
+    assert built.data.tasks == ("products",)
+    assert built.mesh == {"data": -1}
+    assert built.model.num_layers == 2
+
+
+def test_a_frozen_job_is_all_defaults_but_what_is_set():
+    assert build(job()) == build(ConfigDict(VALID))
+    assert build(job()).optimizer == job_config.OptimizerConfig()
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("stpes", "steps"),
+        ("optimzer", "optimizer"),
+        ("optimizer__learning_rat", "optimizer.learning_rate"),
+        ("data__sequence_len", "data.sequence_length"),
+        ("cispo__is_weight_kap", "cispo.is_weight_cap"),
+        ("checkpoint__evry", "checkpoint.every"),
+        ("model__num_layrs", "model.num_layers"),
+    ],
+)
+def test_typo_names_the_nearest_key(typo, meant):
+    text = message(job(**{typo: 1}))
+    assert f"unknown key {typo.replace('__', '.')}; did you mean {meant}?" in text
+
+
+def test_all_problems_are_named_at_once():
+    text = message(
+        job(stpes=1, optimizer__epz=1.0, model__hidden=3, seed="x", data__batch_size="many")
+    )
+    for part in ("stpes", "optimizer.epz", "model.hidden", "seed = 'x'", "batch_size = 'many'"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("steps", "ten"),
+        ("steps", 1.5),
+        ("steps", True),
+        ("steps", None),
+        ("remat", 1),
+        ("data", 3),
+        ("data__paths", 5),
+        ("data__paths", "a.txt"),
+        ("data__tasks", (1, 2)),
+        ("optimizer__learning_rate", "fast"),
+        ("optimizer__learning_rate", True),
+        ("model", "big"),
+        ("model__num_layers", "8"),
+        ("model__hidden_size", 64.0),
+        ("model__layer_types", "softmax"),
+        ("mesh__data", "2"),
+    ],
+)
+def test_wrong_type_names_key_and_value(key, value):
+    text = message(job(**{key: value}))
+    assert f"{key.replace('__', '.')} = {value!r} is no" in text
+
+
+def test_model_problems_stand_beside_the_others():
+    text = message(job(stpes=1, model__num_kv_heads=3))
+    assert "stpes" in text
+    assert "num_heads 4 is no multiple of num_kv_heads 3" in text
+
+
+@pytest.mark.parametrize("missing", ["task", "steps"])
+def test_what_has_no_default_must_be_set(missing):
+    config = job()
+    del config[missing]
+    assert f"{missing} is not set" in message(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "known"),
+    [
+        ("task", "'pretrain', 'sft', 'cispo'"),
+        ("data__source", "'text', 'reasoning'"),
+        ("optimizer__decay", "'constant', 'cosine', 'linear', 'exponential'"),
+        ("checkpoint__export", "'', 'hf', 'hf-native'"),
+        ("model__preset", "tiny, minimax_text_01, minimax_m1, minimax_vl_01"),
+    ],
+)
+def test_unknown_choice_lists_the_known_ones(key, known):
+    text = message(job(**{key: "dpo"}))
+    assert "'dpo'" in text
+    assert f"known: {known}" in text
+
+
+def test_unknown_reasoning_task_lists_the_known_ones():
+    with pytest.raises(ConfigError, match="chain_sums.*known: chain_sum"):
+        split_problems(("chain_sum", "chain_sums"), 10, 4, seed=0)
+
+
+def test_contradictions_are_named_at_once():
+    text = message(
+        job(task="cispo", cispo__prompts_per_batch=10, cispo__updates_per_batch=4, data__tasks=())
+    )
+    assert "prompts_per_batch 10 is no multiple of cispo.updates_per_batch 4" in text
+    assert "data.tasks is empty" in text
+
+
+def test_text_without_paths():
+    assert "data.paths is empty" in message(job(task="pretrain", data__source="text"))
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["steps", "log_every", "data__batch_size", "checkpoint__every", "cispo__temperature"],
+)
+def test_counts_must_be_positive(key):
+    assert f"{key.replace('__', '.')} must be positive, got 0" in message(job(**{key: 0}))
+
+
+# Every config, by the commands that its docstring gives.
+
+
+def commands():
+    found = []
+    for file in sorted(CONFIGS.glob("*.py")):
+        if file.stem != "__init__":
+            module = importlib.import_module(f"configs.{file.stem}")
+            stages = re.findall(rf"--config=configs/{file.name}(?::(\w+))?", module.__doc__ or "")
+            found += [pytest.param(module, s, id=f"{file.stem}:{s}") for s in stages or [None]]
+    return found
+
+
+@pytest.mark.parametrize(("module", "stage"), commands())
+def test_config_is_built_and_its_step_traced(module, stage):
+    assert module.__doc__, "a config's docstring says the command"
+    assert "--config=configs/" in module.__doc__
+    cfg = build(module.get_config(stage) if stage else module.get_config())
+    optimizer = lenient(make_optimizer(cfg.optimizer, cfg.steps))
+    state, graphdef = abstract_state(cfg, optimizer)
+    if cfg.task == "cispo":
+        new, metrics = jax.eval_shape(
+            lambda s, b: cispo_step(graphdef, optimizer, cfg.cispo, s, b), state, rl_batch(cfg)
+        )
+    else:
+        new, metrics = jax.eval_shape(
+            lambda s, b: language_step(graphdef, optimizer, s, b), state, text_batch(cfg)
+        )
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(new)] == [
+        (x.shape, x.dtype) for x in jax.tree.leaves(state)
+    ]
+    assert all(x.shape == () for x in metrics.values())
+
+
+def abstract_state(cfg, optimizer):
+    def make():
+        model = Decoder(cfg.model, rngs=nnx.Rngs(cfg.seed), remat=cfg.remat)
+        graphs.append(nnx.graphdef(model))
+        return init_state(model, optimizer, cfg.seed)[1]
+
+    graphs = []
+    return jax.eval_shape(make), graphs[0]
+
+
+def text_batch(cfg):
+    shape = (cfg.data.batch_size, cfg.data.sequence_length)
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32)
+    mask = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return {"tokens": ids, "segment_ids": ids, "positions": ids, "loss_mask": mask}
+
+
+def rl_batch(cfg):
+    rl = cfg.cispo
+    n, g, t = rl.prompts_per_batch // rl.updates_per_batch, rl.samples_per_prompt, rl.max_new_tokens
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    return Batch(
+        sequences=array(jnp.int32, n, g, rl.max_prompt_tokens + t),
+        prompt_lengths=array(jnp.int32, n),
+        lengths=array(jnp.int32, n, g),
+        tokens=array(jnp.int32, n, g, t),
+        behaviour=array(jnp.float32, n, g, t),
+        mask=array(jnp.float32, n, g, t),
+        advantages=array(jnp.float32, n, g),
+    )
+
+
+def test_the_command_line_knows_every_section():
+    assert set(cli.SECTIONS) == {*job_config.SECTIONS, "model", "mesh"}
+
+
+# The gin overlay.
+
+
+@pytest.fixture
+def gin(tmp_path):
+    """Writes lines to a gin file and returns its path."""
+
+    def write(*lines):
+        file = tmp_path / f"{len(list(tmp_path.iterdir()))}.gin"
+        file.write_text("\n".join(lines) + "\n")
+        return str(file)
+
+    return write
+
+
+def test_gin_bindings_reach_every_kind_of_section(gin):
+    config = job()
+    assert "cispo" not in config
+    file = gin(
+        "job.steps = 7",
+        "optimizer.learning_rate = 1e-5",
+        "model.num_heads = 8",
+        "data.tasks = ('products',)",
+        "cispo.is_weight_cap = 3.0",
+        "checkpoint.export = 'hf'",
+    )
+    apply_gin(config, [file])
+    built = build(config)
+    assert built.steps == 7
+    assert built.optimizer.learning_rate == 1e-5
+    assert built.model.num_heads == 8
+    assert built.data.tasks == ("products",)
+    assert built.cispo.is_weight_cap == 3.0
+    assert built.checkpoint.export == "hf"
+
+
+def test_gin_changes_what_is_bound_alone(gin):
+    config = job(optimizer__warmup_steps=3)
+    apply_gin(config, [gin("optimizer.learning_rate = 1e-5")])
+    assert build(config) == build(job(optimizer__warmup_steps=3, optimizer__learning_rate=1e-5))
+
+
+def test_later_gin_file_wins(gin):
+    config = job()
+    apply_gin(config, [gin("job.steps = 7"), gin("job.steps = 8")])
+    assert build(config).steps == 8
+
+
+def test_gin_of_one_job_does_not_leak_into_the_next(gin):
+    apply_gin(job(), [gin("job.steps = 7")])
+    config = job()
+    apply_gin(config, [])
+    assert build(config).steps == 10
+
+
+def test_command_line_wins_over_gin(gin):
+    config = job(optimizer__learning_rate=0.5)
+    file = gin("optimizer.learning_rate = 1e-5", "job.steps = 7")
+    apply_gin(config, [file], explicit=["optimizer.learning_rate"])
+    assert build(config).optimizer.learning_rate == 0.5
+    assert build(config).steps == 7
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "optimizer.learning_rat = 1",
+        "optimzer.learning_rate = 1",
+        "optimizer.learning_rate = ",
+        "include 'nowhere.gin'",
+    ],
+)
+def test_gin_line_that_means_nothing(gin, line):
+    with pytest.raises(ConfigError, match=r"^gin: "):
+        apply_gin(job(), [gin(line)])
+
+
+def test_missing_gin_file():
+    with pytest.raises(ConfigError, match="gin file nowhere.gin does not exist"):
+        apply_gin(job(), ["nowhere.gin"])
+
+
+def test_gin_value_of_a_wrong_type(gin):
+    config = job(optimizer__learning_rate=0.5)
+    apply_gin(config, [gin("optimizer.learning_rate = 'fast'")])
+    assert "optimizer.learning_rate = 'fast' is no float" in message(config)

@@ -1,0 +1,377 @@
+"""Text, problems, tokenizer, chat, packing: what goes into a training step, and the verifiers."""
+
+import itertools
+import json
+import random
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+import reasoning_gym
+
+from mmjax.chat import THINK_END, render_chat, split_thinking
+from mmjax.config import ConfigError
+from mmjax.engine import Completions, SamplingParams
+from mmjax.tokenizer import BOS, EOS, Tokenizer, TokenizerError
+from tests.train.programs import problems_and_tokenizer
+from train import rollout
+from train.data.packing import Example, packed_batches
+from train.data.reasoning import (
+    TASKS,
+    ReasoningProblems,
+    prompt_text,
+    split_problems,
+    worked_solution,
+)
+from train.data.text import read_documents
+from train.data.tokenizer import train_tokenizer
+from train.pretrain import _pieces
+from train.rewards.verifiers import Score, score_completion
+from train.rollout import roll_out
+
+LENGTH = 16
+
+
+def examples(count=40):
+    """Documents that no two tokens of are alike, so that a token tells its document."""
+    rng, out, start = random.Random(0), [], 1
+    for _ in range(count):
+        size = rng.randint(1, LENGTH)
+        ids = list(range(start, start + size))
+        out.append(Example(ids, [i % 2 for i in ids]))
+        start += size
+    return out
+
+
+def batches(seed=0):
+    return packed_batches(examples(), LENGTH, 4, seed)
+
+
+def segments(batch):
+    """(tokens, loss_mask, positions) of every document in a batch."""
+    for row in range(batch["tokens"].shape[0]):
+        ids = batch["segment_ids"][row]
+        for segment in range(1, ids.max() + 1):
+            here = ids == segment
+            yield tuple(
+                batch[name][row][here].tolist() for name in ("tokens", "loss_mask", "positions")
+            )
+
+
+def test_packed_rows_have_the_shapes_and_dtypes_of_a_step():
+    batch = next(batches())
+    for name in ("tokens", "segment_ids", "positions"):
+        assert batch[name].shape == (4, LENGTH)
+        assert batch[name].dtype == np.int32
+    assert batch["loss_mask"].dtype == np.float32
+
+
+def test_segments_count_from_one_and_padding_is_zero():
+    for batch in itertools.islice(batches(), 10):
+        for ids, row in zip(batch["segment_ids"], batch["tokens"], strict=True):
+            real = ids[ids != 0]
+            np.testing.assert_array_equal(ids, np.pad(real, (0, LENGTH - len(real))))
+            assert set(np.diff(np.concatenate([[0], real]))) <= {0, 1}
+            np.testing.assert_array_equal(ids == 0, row == 0)
+        np.testing.assert_array_equal(batch["loss_mask"][batch["segment_ids"] == 0], 0)
+
+
+def test_positions_restart_and_the_mask_stays_with_its_token():
+    for batch in itertools.islice(batches(), 10):
+        for tokens, mask, positions in segments(batch):
+            assert positions == list(range(len(tokens)))
+            assert mask == [t % 2 for t in tokens]
+
+
+def test_no_token_is_lost_or_doubled():
+    """Documents come whole, in each epoch once."""
+    seen = Counter()
+    for batch in itertools.islice(batches(), 60):
+        seen.update(tuple(tokens) for tokens, _, _ in segments(batch))
+    assert set(seen) == {tuple(e.ids) for e in examples()}
+    # Bins that are still open hold back documents of the last epoch or two.
+    assert min(seen.values()) > 5
+    assert max(seen.values()) - min(seen.values()) <= 2
+
+
+def test_epochs_are_shuffled_anew_and_by_the_seed():
+    first, second = (next(batches(seed))["tokens"] for seed in (0, 1))
+    assert (first != second).any()
+    np.testing.assert_array_equal(next(batches(0))["tokens"], first)
+
+
+@pytest.mark.parametrize("done", [0, 1, 7, 33])
+def test_iterator_resumes_where_it_was_saved(done):
+    running = batches()
+    for _ in range(done):
+        next(running)
+    state = json.loads(json.dumps(running.get_state()))
+    resumed = batches()
+    resumed.set_state(state)
+    for _ in range(20):
+        expected, actual = next(running), next(resumed)
+        for name in expected:
+            np.testing.assert_array_equal(actual[name], expected[name])
+
+
+def test_long_documents_are_cut_without_loss():
+    tokenizer = train_tokenizer(["abc"], 260)
+    texts = ["a" * 37, "b", "c" * 15]
+    pieces = _pieces(texts, tokenizer, LENGTH)
+    assert max(len(p.ids) for p in pieces) <= LENGTH
+    joined = tokenizer.decode([t for p in pieces for t in p.ids])
+    assert joined == "".join(t + EOS for t in texts)
+    assert all(p.loss_mask == [1] * len(p.ids) for p in pieces)
+
+
+# Documents.
+
+
+def test_documents_of_text_and_jsonl_in_sorted_order(tmp_path):
+    (tmp_path / "b.txt").write_text("one\ntwo\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "three", "id": 1}\n\n{"text": "four"}\n')
+    (tmp_path / "empty.txt").write_text(" \n")
+    assert read_documents([str(tmp_path / "*")]) == ["three", "four", "one\ntwo\n"]
+    assert read_documents([str(tmp_path / "*.txt")]) == ["one\ntwo\n"]
+
+
+def test_jsonl_strings_may_hold_line_separators(tmp_path):
+    text = "a\u2028b\x85c\x0cd"
+    line = json.dumps({"text": text}, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_text(line + "\n", encoding="utf-8")
+    assert read_documents([str(tmp_path / "a.jsonl")]) == [text]
+
+
+@pytest.mark.parametrize(
+    "line", ['{"text": "cut', '{"body": "x"}', '["text"]', "3", '{"text": null}', '{"text": 3}']
+)
+def test_jsonl_line_that_is_no_document(tmp_path, line):
+    file = tmp_path / "a.jsonl"
+    file.write_text(f'{{"text": "fine"}}\n{line}\n')
+    with pytest.raises(ConfigError, match=r"a\.jsonl:2"):
+        read_documents([str(file)])
+
+
+def test_pattern_without_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere.*matches no file"):
+        read_documents([str(tmp_path / "nowhere*.txt")])
+
+
+def test_files_without_text(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ConfigError, match="no text"):
+        read_documents([str(tmp_path / "empty.txt")])
+
+
+# Problems.
+
+ALL = tuple(TASKS)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 10**6])
+def test_held_out_problems_are_disjoint_by_text(seed):
+    train, held_out = split_problems(ALL, 1000, 100, seed)
+    assert not train.texts & held_out.texts
+    assert len(train.texts) == len(train)
+    assert len(held_out.texts) == len(held_out)
+    assert len(held_out) > 50
+
+
+def test_held_out_problems_are_disjoint_by_seed(monkeypatch):
+    """reasoning-gym draws problem i from seed + i."""
+    drawn, create = [], reasoning_gym.create_dataset
+
+    def note(name, *, size, seed, **params):
+        drawn.append(range(seed, seed + size))
+        return create(name, size=size, seed=seed, **params)
+
+    monkeypatch.setattr(reasoning_gym, "create_dataset", note)
+    split_problems(ALL[:1], 1000, 100, seed=3)
+    held_out, train = drawn
+    assert not set(held_out) & set(train)
+
+
+def test_held_out_problems_are_the_same_for_every_seed():
+    held_out = [split_problems(ALL, 50, 50, seed)[1].texts for seed in (0, 1)]
+    assert held_out[0] == held_out[1]
+
+
+@pytest.mark.parametrize("task", ALL)
+@pytest.mark.parametrize("thinking", [True, False])
+def test_worked_solutions_satisfy_the_verifier(task, thinking):
+    problems = ReasoningProblems((task,), 300, seed=0)
+    assert len(problems) > 100
+    for problem in problems:
+        text = worked_solution(problem, thinking=thinking).removesuffix(EOS)
+        thought, answer = split_thinking(text)
+        assert bool(thought) == thinking
+        assert problems.score(problem, answer) == 1.0, text
+        assert score_completion(problems, problem, text) == Score(1.0, False)
+
+
+def test_solution_of_another_problem_scores_nothing():
+    problems = ReasoningProblems(ALL, 50, seed=0)
+    first = problems[0]
+    other = next(p for p in problems if p.answer != first.answer)
+    text = worked_solution(other).removesuffix(EOS)
+    assert score_completion(problems, first, text) == Score(0.0, False)
+
+
+@pytest.mark.parametrize("text", ["{answer}", "<think>\n{answer}", ""])
+def test_thinking_that_is_not_closed_scores_nothing(text):
+    problems = ReasoningProblems(ALL, 1, seed=0)
+    text = text.format(answer=problems[0].answer)
+    assert split_thinking(text) == (None, "")
+    assert score_completion(problems, problems[0], text) == Score(0.0, False)
+
+
+def test_thinking_is_split_from_the_answer():
+    assert split_thinking(f"<think>\n1+1=2\n{THINK_END}\n\n2") == ("1+1=2", "2")
+    assert split_thinking(f"{THINK_END}2") == ("", "2")
+
+
+# Scored rollouts, with completions given instead of sampled.
+
+
+def rollouts(monkeypatch, texts, finished=True, problems=None, samples=2):
+    own, tokenizer = problems_and_tokenizer()
+    problems = problems or own
+    encoded = [tokenizer.encode(t) for t in texts]
+    width = max(map(len, encoded))
+    tokens = np.array([ids + [0] * (width - len(ids)) for ids in encoded], np.int32)
+    done = Completions(
+        tokens,
+        np.zeros(tokens.shape, np.float32),
+        np.array([len(ids) for ids in encoded], np.int32),
+        np.full(len(texts), finished),
+    )
+    monkeypatch.setattr(rollout, "generate", lambda *args, **kwargs: done)
+    chosen = [problems[i] for i in range(len(texts) // samples)]
+    return roll_out(
+        None,
+        tokenizer,
+        problems,
+        chosen,
+        SamplingParams(width),
+        jax.random.key(0),
+        samples=samples,
+        max_prompt_tokens=200,
+    )
+
+
+def right_and_wrong(problems):
+    """For two problems: right, wrong, wrong, right."""
+    right = [worked_solution(problems[i]) for i in range(2)]
+    wrong = f"<think>\n{THINK_END}\n\n12345{EOS}"
+    return [right[0], wrong, wrong, right[1]]
+
+
+def test_rewards_stand_beside_their_samples(monkeypatch):
+    problems, _ = problems_and_tokenizer()
+    done = rollouts(monkeypatch, right_and_wrong(problems))
+    np.testing.assert_array_equal(done.rewards, [[1, 0], [0, 1]])
+    assert done.rewards.dtype == np.float32
+    assert done.failures == 0
+    assert not any(EOS in text for text in done.texts)
+
+
+def test_completion_cut_off_at_the_limit_scores_nothing(monkeypatch):
+    problems, _ = problems_and_tokenizer()
+    done = rollouts(monkeypatch, right_and_wrong(problems), finished=False)
+    np.testing.assert_array_equal(done.rewards, 0)
+
+
+def test_verifier_that_raises_costs_its_own_sample_alone(monkeypatch):
+    problems, _ = problems_and_tokenizer()
+    score = problems.score
+
+    def raising(problem, answer):
+        if answer == "12345" and problem == problems[0]:
+            raise RuntimeError("verifier broke")
+        return score(problem, answer)
+
+    monkeypatch.setattr(problems, "score", raising)
+    done = rollouts(monkeypatch, right_and_wrong(problems), problems=problems)
+    np.testing.assert_array_equal(done.rewards, [[1, 0], [0, 1]])
+    assert done.failures == 1
+
+
+# Tokenizer and chat.
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return problems_and_tokenizer()[1]
+
+
+@pytest.mark.parametrize(
+    "text", ["12+34=46", " spaces  and\n\nlines\t", "Grüße, 世界 🙂", f"{BOS}ai{EOS}\n", ""]
+)
+def test_tokenizer_round_trip(tokenizer, text, tmp_path):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    tokenizer.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.encode(text) == ids
+    assert (again.eos_id, again.vocab_size) == (tokenizer.eos_id, tokenizer.vocab_size)
+
+
+def test_tokenizer_is_deterministic_and_within_its_size():
+    first, second = (problems_and_tokenizer()[1] for _ in range(2))
+    assert first.backend.to_str() == second.backend.to_str()
+    assert first.vocab_size <= 300
+
+
+def test_digits_and_marks_are_single_tokens(tokenizer):
+    assert len(tokenizer.encode("12345")) == 5
+    assert len(tokenizer.encode(f"{BOS}<think>{THINK_END}{EOS}")) == 4
+    assert tokenizer.decode(tokenizer.encode(f"a{EOS}"), skip_special_tokens=True) == "a"
+
+
+def test_missing_and_broken_tokenizers(tmp_path):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json does not exist"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(TokenizerError, match="is not a tokenizer"):
+        Tokenizer.load(tmp_path)
+
+
+def test_chat_is_rendered_as_m1s_template():
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "1+1"}, {"type": "text", "text": "?"}],
+        },
+        {"role": "assistant", "content": "2"},
+    ]
+    expected = (
+        f"{BOS}system ai_setting=assistant\nBe brief.{EOS}\n"
+        f"{BOS}user name=user\n1+1?{EOS}\n"
+        f"{BOS}ai name=assistant\n2{EOS}\n"
+    )
+    assert render_chat(messages, reply=False) == expected
+    assert render_chat(messages) == expected + f"{BOS}ai name=assistant\n"
+
+
+def test_prompt_is_the_users_turn(tokenizer):
+    problem = ReasoningProblems(ALL, 1, seed=0)[0]
+    assert prompt_text(problem) == render_chat([{"role": "user", "content": problem.question}])
+
+
+@pytest.mark.parametrize(
+    ("chat", "complaint"),
+    [
+        ({"role": "robot", "content": "x"}, "unknown chat role 'robot'; known: system, user"),
+        ({"content": "x"}, "unknown chat role None"),
+        ({"role": "user", "content": 3}, "chat content must be a string or a list of text"),
+        ({"role": "user"}, "got None"),
+        ({"role": "user", "content": [{"type": "image"}]}, "got .*image"),
+        ({"role": "user", "content": ["x"]}, "got .*x"),
+        ({"role": "user", "content": [{"type": "text"}]}, "got .*text"),
+    ],
+)
+def test_chat_that_cannot_be_rendered(chat, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        render_chat([chat])

@@ -1,0 +1,1 @@
+"""Training jobs: pre-training, supervised fine-tuning, reinforcement with CISPO."""

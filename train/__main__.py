@@ -1,0 +1,85 @@
+"""`python -m train --config=configs/NAME.py --workdir=DIR`: flags → config → task."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+SECTIONS = ("model", "mesh", "data", "optimizer", "cispo", "checkpoint")
+# Any key of the job may be set on the command line, whether or not the file names it; `build`
+# knows them all and checks them.
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Job: a file of configs/.", lock_config=False, accept_new_attributes=True
+)
+_GIN = flags.DEFINE_multi_string("gin_file", [], "gin overlay files, later ones win.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics, export.")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Absl's parser; a section that the config file leaves out can be set all the same."""
+    parser = flags.FLAGS["config"].parser
+    read = parser.parse
+
+    def parse(argument: str) -> ConfigDict:
+        config = read(argument)
+        with config.unlocked():
+            for section in SECTIONS:
+                if section not in config:
+                    config[section] = ConfigDict()
+        return config
+
+    parser.parse = parse
+    try:
+        return list(app.parse_flags_with_usage(argv))
+    except OSError as error:
+        sys.exit(_complain(error))
+    except (AttributeError, KeyError) as error:
+        cause = error.args[0] if error.args else error
+        text = cause.args[0] if isinstance(cause, KeyError) else cause
+        sys.exit(_complain(f"unknown section in a --config flag: {' '.join(str(text).split())}"))
+
+
+def _complain(error: object) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def main(argv: list[str]) -> None:
+    """Runs the job; an error that the user can mend ends in one message and exit code 2."""
+    # Imported late, so that --help and a wrong flag answer at once.
+    from mmjax.convert import CheckpointError
+    from mmjax.config import ConfigError
+    from mmjax.engine.generate import PromptError
+    from mmjax.sharding import ShardingError
+    from mmjax.tokenizer import TokenizerError
+    from train.config import build
+    from train.gin_overlay import apply_gin
+    from train.tasks import run_task
+
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
+    if len(argv) > 1:
+        sys.exit(f"unexpected argument {argv[1]!r}; a key is set by --config.KEY=VALUE")
+    try:
+        explicit = list(config_flags.get_override_values(flags.FLAGS["config"]))
+        apply_gin(_CONFIG.value, _GIN.value, explicit)
+        job = run_task(build(_CONFIG.value), Path(_WORKDIR.value))
+    except (ConfigError, CheckpointError, PromptError, ShardingError, TokenizerError) as error:
+        sys.exit(_complain(error))
+    if job.stop_signal is not None:
+        print(
+            f"stopped by a signal after step {int(job.state.step)} with a checkpoint; "
+            "run the same command to go on",
+            file=sys.stderr,
+        )
+        sys.exit(128 + job.stop_signal)
+
+
+if __name__ == "__main__":
+    # Warnings of XLA's thread pools and the like would break the progress line.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main, flags_parser=parse_flags)

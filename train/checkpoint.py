@@ -1,0 +1,74 @@
+"""Checkpoints with Orbax: atomic, asynchronous, the data iterator included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+
+from mmjax.config import ConfigError
+from train.config import CheckpointConfig
+from train.state import TrainState, from_flat, to_flat
+
+
+class Checkpoints:
+    """The checkpoints of one workdir: the state's arrays and the iterator's place together.
+
+    Args:
+      workdir: Folder of the job; checkpoints go to `workdir/checkpoints`.
+      cfg: How many to keep.
+    """
+
+    def __init__(self, workdir: Path, cfg: CheckpointConfig) -> None:
+        self._manager = ocp.CheckpointManager(
+            (workdir / "checkpoints").absolute(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=cfg.keep, enable_async_checkpointing=True
+            ),
+        )
+
+    def save(self, state: TrainState, data: grain.DatasetIterator[Any]) -> None:
+        """Saves at the state's step, once; returns while the arrays are being written."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(to_flat(state)),
+            data=grain.checkpoint.CheckpointSave(data),
+        )
+        self._manager.save(step, args=items, force=True)
+
+    def restore(
+        self, state: TrainState, data: grain.DatasetIterator[Any]
+    ) -> TrainState | None:
+        """The latest checkpoint in the structure and sharding of `state`, None if there is none.
+
+        The iterator is moved to its place in it.
+
+        Raises:
+          ConfigError: the checkpoint is of another model or optimizer.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, to_flat(state))
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(target),
+            data=grain.checkpoint.CheckpointRestore(data),
+        )
+        try:
+            restored = self._manager.restore(step, args=items)
+        except (ValueError, KeyError) as error:
+            raise ConfigError(
+                f"checkpoint {step} in {self._manager.directory} does not fit this job "
+                f"(changed model or optimizer?): {error}"
+            ) from None
+        return from_flat(state, restored["state"])
+
+    def close(self) -> None:
+        """Waits for the last save."""
+        self._manager.wait_until_finished()
+        self._manager.close()

@@ -1,0 +1,300 @@
+"""Typed job configuration: a py-config's plain values in, frozen dataclasses out.
+
+`configs/*.py:get_config()` returns an `ml_collections.ConfigDict`; `build` turns it into a
+`JobConfig`. A key that no dataclass has is an error that names the nearest one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mmjax.config import ConfigError, ModelConfig
+
+_PRESETS = ("tiny", "minimax_text_01", "minimax_m1", "minimax_vl_01")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW as M1 uses it, with warm-up and decay.
+
+    Attributes:
+      learning_rate: Peak.
+      warmup_steps: Updates of linear warm-up from zero.
+      decay: "constant", "cosine", "linear" or "exponential", after the warm-up.
+      decay_steps: Updates from the end of the warm-up to the final rate; 0 for all that are left.
+      final_ratio: Final rate over peak.
+      b1, b2, eps, weight_decay: AdamW's. M1 found gradients of 1e-18 to 1e-5, hence eps 1e-15.
+      clip_norm: Largest global gradient norm; 0 for no clipping.
+
+    Source: MiniMax-M1 report, section 3.2; MiniMax-01, section 4.2.
+    """
+
+    learning_rate: float = 3e-4
+    warmup_steps: int = 0
+    decay: str = "constant"
+    decay_steps: int = 0
+    final_ratio: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-15
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What a pretrain or sft job reads.
+
+    Attributes:
+      source: "text" (files of plain text or JSONL), or "reasoning" (worked solutions of `tasks`).
+      paths: For "text": files, or glob patterns.
+      tasks: For "reasoning": names known to `train.data.reasoning`.
+      size: For "reasoning": problems to draw from.
+      direct_share: For "reasoning": share of the solutions that answer without thinking, so that
+        reinforcement has to find out which way pays.
+      sequence_length: T, tokens a packed row.
+      batch_size: B, packed rows an update.
+      tokenizer: Folder with a tokenizer.json; empty for a character tokenizer made from the data.
+    """
+
+    source: str = "text"
+    paths: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    size: int = 20000
+    direct_share: float = 0.0
+    sequence_length: int = 256
+    batch_size: int = 8
+    tokenizer: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class CispoConfig:
+    """CISPO and its rollouts.
+
+    Attributes:
+      prompts_per_batch: Groups of each rollout batch.
+      samples_per_prompt: G, completions of each prompt.
+      updates_per_batch: Off-policy updates on one rollout batch (M1: 16).
+      max_prompt_tokens: Longest prompt; longer ones are an error.
+      max_new_tokens: Longest completion.
+      temperature: Of the sampler.
+      is_weight_cap: Absolute upper bound of the importance weight, 1 + ε_high of the paper's
+        eq. 5; there is no lower bound.
+      eval_every: Rollout batches between evaluations; 0 for only at the start and the end.
+      eval_problems: Held-out problems.
+      target_accuracy: Stop early once an evaluation reaches it; above 1 never.
+
+    Source: MiniMax-M1 report, section 3.1.
+    """
+
+    prompts_per_batch: int = 32
+    samples_per_prompt: int = 16
+    updates_per_batch: int = 4
+    max_prompt_tokens: int = 64
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    is_weight_cap: float = 5.0
+    eval_every: int = 10
+    eval_problems: int = 256
+    target_accuracy: float = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and how many to keep.
+
+    Attributes:
+      every: Steps between checkpoints (rollout batches, for cispo).
+      keep: Latest checkpoints kept.
+      export: Layout of a model folder written at the end, "hf", "hf-native" or "" for none.
+    """
+
+    every: int = 50
+    keep: int = 2
+    export: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class JobConfig:
+    """One training job.
+
+    Attributes:
+      task: "pretrain", "sft" or "cispo".
+      steps: Updates; for cispo, rollout batches.
+      seed: Of everything random: initial weights, data order, sampling.
+      model: Architecture; its vocab_size is raised to the tokenizer's.
+      init_from: Model folder or workdir whose parameters (and tokenizer) the job starts from.
+      remat: Recompute activations in the backward pass; False is faster where memory allows.
+      mesh: Size of each mesh axis; empty puts all devices on `data`.
+      log_every: Steps between lines of metrics.
+    """
+
+    task: str
+    steps: int
+    seed: int = 0
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig.tiny)
+    init_from: str = ""
+    remat: bool = True
+    mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    log_every: int = 1
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    cispo: CispoConfig = dataclasses.field(default_factory=CispoConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+
+
+SECTIONS: dict[str, type] = {
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "cispo": CispoConfig,
+    "checkpoint": CheckpointConfig,
+}
+
+
+def build(config: ConfigDict) -> JobConfig:
+    """Checks a py-config and types it.
+
+    Args:
+      config: From `get_config()`, command-line and gin overrides applied.
+
+    Raises:
+      ConfigError: unknown keys (with the nearest known one), wrong types, contradictions; all
+        at once.
+    """
+    problems: list[str] = []
+    raw = config.to_dict()
+    values: dict[str, Any] = {}
+    for name, section in SECTIONS.items():
+        values[name] = _typed(section, _section(raw, name, problems), f"{name}.", problems)
+    model = _section(raw, "model", problems)
+    mesh = _section(raw, "mesh", problems)
+    for axis, size in mesh.items():
+        if not isinstance(size, int) or isinstance(size, bool):
+            problems.append(f"mesh.{axis} = {size!r} is no int")
+    job = _typed_fields(JobConfig, raw, "", problems, skip={*SECTIONS, "model", "mesh"})
+    built = _model(model, problems)
+    for name in ("task", "steps"):
+        if name not in job:
+            problems.append(f"{name} is not set")
+    if problems or built is None:
+        raise ConfigError("job config: " + "; ".join(problems))
+    result = JobConfig(**job, **values, model=built, mesh=mesh)
+    _check(result)
+    return result
+
+
+def _section(raw: dict[str, Any], name: str, problems: list[str]) -> dict[str, Any]:
+    values = raw.pop(name, None) or {}
+    if isinstance(values, Mapping):
+        return dict(values)
+    problems.append(f"{name} = {values!r} is no section of keys")
+    return {}
+
+
+def _model(values: dict[str, Any], problems: list[str]) -> ModelConfig | None:
+    preset = values.pop("preset", "tiny")
+    if preset not in _PRESETS:
+        problems.append(f"model.preset {preset!r} is unknown; known: {', '.join(_PRESETS)}")
+        return None
+    typed = _typed_fields(ModelConfig, values, "model.", problems, skip={"extra"})
+    try:
+        return typing.cast(ModelConfig, getattr(ModelConfig, preset)(**typed))
+    except ConfigError as error:
+        problems.append(str(error))
+        return None
+
+
+def _typed(section: type, raw: dict[str, Any], prefix: str, problems: list[str]) -> Any:
+    return section(**_typed_fields(section, raw, prefix, problems))
+
+
+def _typed_fields(
+    section: type,
+    raw: dict[str, Any],
+    prefix: str,
+    problems: list[str],
+    skip: set[str] | frozenset[str] = frozenset(),
+) -> dict[str, Any]:
+    hints = {k: v for k, v in typing.get_type_hints(section).items() if k not in skip}
+    typed = {}
+    for key, value in raw.items():
+        if key not in hints:
+            problems.append(f"unknown key {prefix}{key}{_nearest(key, prefix, hints)}")
+            continue
+        cast, ok = _coerce(value, hints[key])
+        if not ok:
+            name = getattr(hints[key], "__name__", str(hints[key]))
+            problems.append(f"{prefix}{key} = {value!r} is no {name}")
+            continue
+        typed[key] = cast
+    return typed
+
+
+def _nearest(key: str, prefix: str, hints: Mapping[str, Any]) -> str:
+    candidates = list(hints) + ([*SECTIONS, "model", "mesh"] if not prefix else [])
+    close = difflib.get_close_matches(key, candidates, n=1, cutoff=0.0)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def _coerce(value: Any, hint: Any) -> tuple[Any, bool]:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None:
+        return value, type(None) in options
+    for option in options:
+        if typing.get_origin(option) is tuple:
+            item = typing.get_args(option)[0]
+            ok = isinstance(value, list | tuple) and all(isinstance(v, item) for v in value)
+            return tuple(value) if ok else value, ok
+    if float in options and isinstance(value, int) and not isinstance(value, bool):
+        return float(value), True
+    if isinstance(value, bool):
+        return value, bool in options
+    return value, isinstance(value, options)
+
+
+def _check(job: JobConfig) -> None:
+    problems = []
+    choices = {
+        "task": (job.task, ("pretrain", "sft", "cispo")),
+        "data.source": (job.data.source, ("text", "reasoning")),
+        "optimizer.decay": (job.optimizer.decay, ("constant", "cosine", "linear", "exponential")),
+        "checkpoint.export": (job.checkpoint.export, ("", "hf", "hf-native")),
+    }
+    for name, (value, known) in choices.items():
+        if value not in known:
+            problems.append(f"{name} = {value!r}; known: {', '.join(map(repr, known))}")
+    positive = {
+        "steps": job.steps,
+        "data.batch_size": job.data.batch_size,
+        "data.sequence_length": job.data.sequence_length,
+        "checkpoint.every": job.checkpoint.every,
+        "checkpoint.keep": job.checkpoint.keep,
+        "log_every": job.log_every,
+        **{
+            f"cispo.{name}": getattr(job.cispo, name)
+            for name in (
+                "prompts_per_batch samples_per_prompt updates_per_batch max_prompt_tokens "
+                "max_new_tokens is_weight_cap temperature"
+            ).split()
+        },
+    }
+    problems += [f"{n} must be positive, got {v}" for n, v in positive.items() if not v > 0]
+    groups, updates = job.cispo.prompts_per_batch, job.cispo.updates_per_batch
+    if job.task == "cispo" and updates > 0 and groups % updates:
+        problems.append(
+            f"cispo.prompts_per_batch {groups} is no multiple of cispo.updates_per_batch "
+            f"{updates}; an update takes whole groups"
+        )
+    if job.data.source == "text" and job.task != "cispo" and not job.data.paths:
+        problems.append("data.source is 'text' but data.paths is empty")
+    if (job.data.source == "reasoning" or job.task == "cispo") and not job.data.tasks:
+        problems.append("data.tasks is empty; name at least one reasoning task")
+    if problems:
+        raise ConfigError("job config: " + "; ".join(problems))

@@ -1,0 +1,1 @@
+"""Data of the training jobs, on Grain."""

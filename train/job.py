@@ -1,0 +1,197 @@
+"""What every task shares: mesh, model, checkpoints, metrics, signals, the end of a job."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+import mmjax
+from mmjax.config import ConfigError
+from mmjax.model import Decoder
+from mmjax.sharding import DEFAULT_RULES, make_mesh, param_shardings
+from mmjax.tokenizer import Tokenizer
+from train.checkpoint import Checkpoints
+from train.config import JobConfig
+from train.metrics import Metrics
+from train.optimizer import make_optimizer
+from train.state import TrainState, init_state
+
+type Scalars = Mapping[str, jax.Array | float]
+
+
+class Job:
+    """One running job.
+
+    Args:
+      cfg: Typed configuration.
+      workdir: Folder of the job: checkpoints, metrics, tokenizer, export.
+      tokenizer: Of the data; its size raises the model's vocabulary.
+      updates: Optimizer updates of the whole job, for the schedule.
+    """
+
+    def __init__(self, cfg: JobConfig, workdir: Path, tokenizer: Tokenizer, updates: int) -> None:
+        self.cfg, self.workdir, self.tokenizer = cfg, workdir, tokenizer
+        self.stop_signal: int | None = None
+        self.mesh = make_mesh(cfg.mesh)
+        batch_axes = DEFAULT_RULES.spec(("batch",), of="batch")
+        self.batch_sharding = NamedSharding(self.mesh, batch_axes)
+        self.optimizer = make_optimizer(cfg.optimizer, updates)
+        model = self._initial_model()
+        self.model_cfg = model.cfg
+        with jax.set_mesh(self.mesh):
+            self.graphdef, self.state = init_state(model, self.optimizer, cfg.seed)
+        self.state = self._replicate_scalars(self.state)
+
+    def _initial_model(self) -> Decoder:
+        if self.cfg.init_from:
+            source = Path(self.cfg.init_from)
+            model = mmjax.load(source, mesh=self.mesh)
+            if model.cfg.vocab_size < self.tokenizer.vocab_size:
+                raise ConfigError(
+                    f"the tokenizer has {self.tokenizer.vocab_size} ids, the model in {source} "
+                    f"only {model.cfg.vocab_size}"
+                )
+            model.remat = self.cfg.remat
+            return model
+        vocab = max(self.cfg.model.vocab_size, self.tokenizer.vocab_size)
+        shape = dataclasses.replace(
+            self.cfg.model, vocab_size=vocab, eos_token_id=self.tokenizer.eos_id
+        )
+
+        def make() -> Decoder:
+            return Decoder(shape, rngs=nnx.Rngs(self.cfg.seed), remat=self.cfg.remat)
+
+        # Initialised under jit with sharded outputs, a large model never exists on one device.
+        abstract = nnx.eval_shape(make)
+        graphdef, params = nnx.split(abstract)
+        shardings = param_shardings(params, self.mesh)
+        # XLA's CPU compiler takes half a minute to optimise what runs once, for milliseconds.
+        quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        draw = jax.jit(
+            lambda: nnx.split(make())[1], out_shardings=shardings, compiler_options=quick
+        )
+        made = draw()
+        return nnx.merge(graphdef, made)
+
+    def _replicate_scalars(self, state: TrainState) -> TrainState:
+        """Puts what is not a parameter's twin (step, counts, key) on the whole mesh."""
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+
+        def place(x: jax.Array) -> jax.Array:
+            on_mesh = isinstance(x.sharding, NamedSharding) and x.sharding.mesh == self.mesh
+            return x if on_mesh else jax.device_put(x, everywhere)
+
+        return jax.tree.map(place, state)
+
+    @property
+    def model(self) -> Decoder:
+        """The model with the parameters of the current state."""
+        return nnx.merge(self.graphdef, self.state.params)
+
+    def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Places a batch on the mesh, its first axis over the batch axes.
+
+        Raises:
+          ConfigError: the batch does not divide.
+        """
+        parts = int(np.prod([self.mesh.shape[a] for a in DEFAULT_RULES.batch]))
+        for name, x in batch.items():
+            if x.shape[0] % parts:
+                raise ConfigError(
+                    f"a batch of {x.shape[0]} rows ({name}) does not divide over data·expert = "
+                    f"{parts} devices; change the batch size or the mesh"
+                )
+        return {name: jax.device_put(x, self.batch_sharding) for name, x in batch.items()}
+
+    def run(
+        self,
+        data: grain.DatasetIterator[Any],
+        step: Callable[[TrainState, Any], tuple[TrainState, Scalars]],
+        *,
+        finish_early: Callable[[Scalars], bool] = lambda _: False,
+    ) -> Metrics:
+        """The loop: resume, step, log one step late, checkpoint, stop cleanly on a signal.
+
+        Args:
+          data: Checkpointable iterator; each step consumes one item.
+          step: `(state, item) -> (state, metrics)`.
+          finish_early: Whether the job ends after a step with these metrics.
+
+        Returns:
+          The metrics, with the history of the whole job.
+        """
+        cfg = self.cfg
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save(self.workdir)
+        checkpoints = Checkpoints(self.workdir, cfg.checkpoint)
+        self.state = checkpoints.restore(self.state, data) or self.state
+        start = int(self.state.step)
+        pending: tuple[int, Scalars] | None = None
+        with (
+            jax.set_mesh(self.mesh),
+            Metrics(self.workdir, cfg.task, start, cfg.steps) as metrics,
+            self._catch_signals(),
+        ):
+            if start:
+                metrics.console.print(f"resumed from step {start} of {cfg.steps}")
+
+            def flush() -> None:
+                nonlocal pending
+                if pending is not None:
+                    values = {k: float(v) for k, v in jax.device_get(dict(pending[1])).items()}
+                    metrics.log(pending[0], values, show=pending[0] % cfg.log_every == 0)
+                pending = None
+
+            number = start
+            finished = any(finish_early(values) for values in metrics.history)
+            while number < cfg.steps and not finished and self.stop_signal is None:
+                self.state, values = step(self.state, next(data))
+                number += 1
+                flush()
+                pending = number, values
+                finished = finish_early(values)
+                if number % cfg.checkpoint.every == 0:
+                    # A resume starts after the checkpoint and would leave its step unlogged.
+                    flush()
+                    checkpoints.save(self.state, data)
+            flush()
+            checkpoints.save(self.state, data)
+            checkpoints.close()
+        return metrics
+
+    @contextmanager
+    def _catch_signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM ends the loop after the step; a second one kills."""
+
+        def note(number: int, _: object) -> None:
+            self.stop_signal = number
+            signal.signal(number, signal.SIG_DFL)
+
+        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def export(self) -> Path | None:
+        """Writes the model folder that the config asks for, replacing an earlier one."""
+        layout = self.cfg.checkpoint.export
+        if not layout:
+            return None
+        folder = self.workdir / "model"
+        shutil.rmtree(folder, ignore_errors=True)
+        mmjax.save(self.model, folder, layout=layout, tokenizer_from=self.workdir)
+        return folder

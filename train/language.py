@@ -1,0 +1,23 @@
+"""The loop that pretrain and sft share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grain
+import numpy as np
+
+from train.job import Job, Scalars
+from train.state import TrainState
+from train.step import language_step
+
+
+def fit(job: Job, data: grain.DatasetIterator[dict[str, np.ndarray]]) -> Job:
+    """Predicts next tokens of packed batches until the job's last step."""
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Scalars]:
+        return language_step(job.graphdef, job.optimizer, state, job.put(batch))
+
+    job.run(data, step)
+    job.export()
+    return job

@@ -1,0 +1,59 @@
+"""Supervised fine-tuning: prompts with worked solutions; only the solution is predicted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from mmjax.config import ConfigError
+from mmjax.tokenizer import Tokenizer
+from train.config import JobConfig
+from train.data.packing import Example, packed_batches
+from train.data.reasoning import (
+    ReasoningProblems,
+    prompt_text,
+    split_problems,
+    worked_solution,
+)
+from train.job import Job
+from train.language import fit
+from train.tokenizing import job_tokenizer
+
+
+def run(cfg: JobConfig, workdir: Path) -> Job:
+    """Runs or resumes the job.
+
+    Args:
+      cfg: With data.source "reasoning".
+      workdir: Folder of the job.
+
+    Raises:
+      ConfigError: a solution does not fit a row.
+    """
+    problems, _ = split_problems(
+        cfg.data.tasks, cfg.data.size, cfg.cispo.eval_problems, cfg.seed
+    )
+    texts = [prompt_text(p) + worked_solution(p) for p in problems]
+    tokenizer = job_tokenizer(cfg, workdir, texts)
+    examples = _examples(problems, tokenizer, cfg)
+    data = packed_batches(examples, cfg.data.sequence_length, cfg.data.batch_size, cfg.seed)
+    return fit(Job(cfg, workdir, tokenizer, cfg.steps), data)
+
+
+def _examples(
+    problems: ReasoningProblems, tokenizer: Tokenizer, cfg: JobConfig
+) -> list[Example]:
+    length = cfg.data.sequence_length
+    direct = np.random.default_rng(cfg.seed).random(len(problems)) < cfg.data.direct_share
+    examples = []
+    for problem, answer_at_once in zip(problems, direct, strict=True):
+        prompt = tokenizer.encode(prompt_text(problem))
+        solution = tokenizer.encode(worked_solution(problem, thinking=not answer_at_once))
+        if len(prompt) + len(solution) > length:
+            raise ConfigError(
+                f"a worked solution takes {len(prompt) + len(solution)} tokens, "
+                f"data.sequence_length is {length}: {problem.question!r}"
+            )
+        examples.append(Example(prompt + solution, [0] * len(prompt) + [1] * len(solution)))
+    return examples

@@ -1,0 +1,79 @@
+"""The pure training step of pretrain and sft: `step(state, batch) -> (state, metrics)`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from mmjax.model import Aux, Decoder
+from train.losses import cross_entropy, token_logprobs
+from train.state import TrainState
+
+type Batch = dict[str, jax.Array]
+
+
+@partial(jax.jit, static_argnames=("graphdef", "optimizer"), donate_argnames="state")
+def language_step(
+    graphdef: nnx.GraphDef[Decoder],
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One AdamW update on packed rows.
+
+    Args:
+      graphdef: Of the model.
+      optimizer: From `train.optimizer`.
+      state: Donated.
+      batch: tokens, segment_ids, positions [B, T] int32 and loss_mask [B, T] float32, which is 1
+        where the token itself is to be predicted.
+    """
+
+    def loss_fn(params: nnx.State) -> tuple[jax.Array, tuple[jax.Array, Aux]]:
+        model = nnx.merge(graphdef, params)
+        segments = batch["segment_ids"]
+        out = model(
+            batch["tokens"],
+            positions=batch["positions"],
+            segment_ids=segments,
+            compute_logits=False,
+        )
+        # The last token of a row predicts nothing, nor does one before another document.
+        targets = jnp.roll(batch["tokens"], -1, axis=1)
+        same = (segments == jnp.roll(segments, -1, axis=1)) & (segments != 0)
+        mask = jnp.roll(batch["loss_mask"], -1, axis=1) * same.astype(jnp.float32)
+        mask = mask.at[:, -1].set(0)
+        ce = cross_entropy(token_logprobs(model, out.hidden, targets), mask)
+        loss = ce + model.cfg.router_aux_loss_coef * out.aux.load_balancing_loss
+        return loss, (ce, out.aux)
+
+    (loss, (ce, aux)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    state, norm = apply_gradients(optimizer, state, grads)
+    metrics = {"loss": ce, "total_loss": loss, "grad_norm": norm, **router_metrics(aux)}
+    return state._replace(step=state.step + 1), metrics
+
+
+def apply_gradients(
+    optimizer: optax.GradientTransformation, state: TrainState, grads: Any
+) -> tuple[TrainState, jax.Array]:
+    """One optimizer update; also returns the gradient norm before clipping."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return state._replace(params=params, opt_state=opt_state), optax.tree.norm(grads)
+
+
+def router_metrics(aux: Aux) -> dict[str, jax.Array]:
+    """Balance of the experts: aux loss (top_k when even), busiest expert's load over the mean,
+    entropy in nats."""
+    load = aux.tokens_per_expert
+    busiest = load.max(axis=1) / jnp.maximum(load.mean(axis=1), 1e-9)
+    return {
+        "router/aux_loss": aux.load_balancing_loss,
+        "router/busiest": busiest.max(),
+        "router/entropy": aux.router_entropy.mean(),
+    }

@@ -1,0 +1,21 @@
+"""Which tokenizer a job uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from mmjax.tokenizer import Tokenizer
+from train.config import JobConfig
+from train.data.tokenizer import train_tokenizer
+
+
+def job_tokenizer(cfg: JobConfig, workdir: Path, texts: Iterable[str]) -> Tokenizer:
+    """The workdir's own if the job has run before, else that of `data.tokenizer` or of
+    `init_from`, else a new one of at most model.vocab_size ids trained on the texts."""
+    if (workdir / "tokenizer.json").exists():
+        return Tokenizer.load(workdir)
+    for folder in (cfg.data.tokenizer, cfg.init_from):
+        if folder:
+            return Tokenizer.load(folder)
+    return train_tokenizer(texts, cfg.model.vocab_size)
