@@ -1,20 +1,21 @@
-# Every target but gpu-test and clean sets up .venv first; that needs Python >= 3.12 and PyPI.
+# Every target but clean sets up .venv first; that needs Python >= 3.12 and PyPI.
 
 # Tried in this order. python3 comes first so that a version manager's .python-version has its say.
 PYTHONS := python3 python3.14 python3.13 python3.12
 BIN := .venv/bin
+SEED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types wheel-check gpu-test clean
+.PHONY: help demo test lint types wheel-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
-demo: .venv/.stamp ## Train and reinforce a tiny M1 into runs/demo
-	$(BIN)/python -m train.demo --workdir=runs/demo
+demo: .venv/.stamp ## Train and reinforce a tiny M1 into runs/demo-SEED (make demo SEED=1)
+	$(BIN)/python -m train.demo --workdir=runs/demo-$(SEED) --seed=$(SEED)
 
 test: .venv/.stamp ## Run the tests (CPU)
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist loadscope tests
 
 lint: .venv/.stamp ## Check style and formatting with ruff
 	$(BIN)/ruff check .
@@ -25,11 +26,6 @@ types: .venv/.stamp ## Check types with mypy
 
 wheel-check: .venv/.stamp ## Build the wheel, install it apart and use it outside the checkout
 	$(BIN)/python -m pytest tests/test_packaging.py -k wheel
-
-# Runs on the machine's own Python: a GPU machine brings the JAX that fits its driver.
-# Empty addopts, because pyproject.toml's keep tests/gpu out of ordinary runs.
-gpu-test: ## Run tests/gpu on a GPU machine
-	python3 -m pytest tests/gpu -o addopts=""
 
 clean: ## Remove .venv, build output and caches (runs/ stays)
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -42,7 +42,7 @@ def lightning_inputs(
     heads = len(decay)
 
     def normal(*shape: int, dtype: str = dtype) -> np.ndarray:
-        return rng.standard_normal(shape).astype(np.dtype(dtype))
+        return rng.standard_normal(shape).astype(jnp.dtype(dtype))
 
     keys, values = (batch, length, heads, key_dim), (batch, length, heads, value_dim)
     state = (batch, heads, key_dim, value_dim)
@@ -129,7 +129,7 @@ def grouped_inputs(
     rng = np.random.default_rng(seed)
     rows = sum(group_sizes) if rows is None else rows
     shapes = (rows, inner), (len(group_sizes), inner, columns), (rows, columns)
-    lhs, rhs, d_out = (rng.standard_normal(shape).astype(np.dtype(dtype)) for shape in shapes)
+    lhs, rhs, d_out = (rng.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in shapes)
     return GroupedInputs(lhs, rhs, np.array(group_sizes, np.int32), d_out)
 
 
@@ -161,7 +161,7 @@ def tolerance(dtype: str, reduction_length: int) -> float:
     and its result carry a rounding of their own dtype each, which does not grow with n. Both come
     with a factor of 4, four standard deviations of the sum's random walk.
     """
-    widest = float(ml_dtypes.finfo(dtype).eps)
+    widest = float(jnp.finfo(dtype).eps)
     return 4 * (widest + float(np.finfo(np.float32).eps) * reduction_length**0.5)
 
 

@@ -56,5 +56,8 @@ class HybridCache(NamedTuple):
     def repeat(self, times: int) -> HybridCache:
         """Each row `times` times in a row: one prefill for a group of samples."""
         return HybridCache(
-            *(jnp.repeat(x, times, axis=1) for x in self[:3]), jnp.repeat(self.length, times)
+            jnp.repeat(self.keys, times, axis=1),
+            jnp.repeat(self.values, times, axis=1),
+            jnp.repeat(self.state, times, axis=1),
+            jnp.repeat(self.length, times),
         )

@@ -100,10 +100,18 @@ class ModelConfig:
     def _check(self) -> None:
         problems = [
             f"{name} must be at least 1, got {getattr(self, name)}"
-            for name in (
-                "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads "
-                "head_dim num_experts num_experts_per_token max_position_embeddings"
-            ).split()
+            for name in [
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_layers",
+                "num_heads",
+                "num_kv_heads",
+                "head_dim",
+                "num_experts",
+                "num_experts_per_token",
+                "max_position_embeddings",
+            ]
             if getattr(self, name) < 1
         ]
         unknown = sorted(set(self.kinds) - {LIGHTNING, SOFTMAX})
@@ -305,10 +313,17 @@ _NATIVE = _COMMON | {
     "mlp_beta_factor": "mlp_beta",
 }
 # Keys without which a config.json says too little to build the model.
-_REQUIRED = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-    "num_key_value_heads head_dim num_local_experts num_experts_per_tok"
-).split()
+_REQUIRED = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_local_experts",
+    "num_experts_per_tok",
+]
 # Architecture switches that no released model uses: key -> the values that mean "off".
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),

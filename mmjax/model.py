@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
-from kernels_pallas.lightning_attention.clock import places_in_segments
+from kernels_pallas.lightning_attention.clock import number_segments
 from mmjax.cache import HybridCache
 from mmjax.config import LIGHTNING, SOFTMAX, ModelConfig
 from mmjax.layers.block import Block, Context, LayerIndex, empty_stats
@@ -22,6 +23,8 @@ from mmjax.layers.moe import RouterStats, load_balancing_loss
 from mmjax.layers.norm import RMSNorm
 from mmjax.layers.rope import rope_angles
 from mmjax.sharding import constrain
+
+REMAT = ("super_block", "layer", "none")
 
 
 class Aux(NamedTuple):
@@ -39,7 +42,8 @@ class Aux(NamedTuple):
 
 class Intermediates(NamedTuple):
     """hidden_states [L + 1, B, T, D]: the input of each layer, and last the final norm's output;
-    router_logits [L, B, T, E]."""
+    router_logits [L, B, T, E].
+    """
 
     hidden_states: jax.Array
     router_logits: jax.Array
@@ -47,7 +51,8 @@ class Intermediates(NamedTuple):
 
 class Output(NamedTuple):
     """logits [B, T, vocab] float32 (None if not asked for); hidden [B, T, D] after the final
-    norm; the updated cache, if one was given; aux; intermediates, if asked for."""
+    norm; the updated cache, if one was given; aux; intermediates, if asked for.
+    """
 
     logits: jax.Array | None
     hidden: jax.Array
@@ -61,10 +66,7 @@ class SuperBlock(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs) -> None:
         self.runs = nnx.List(
-            [
-                _stack(lambda r, kind=kind: Block(cfg, kind, r), count, rngs)
-                for kind, count in pattern_runs(cfg)
-            ]
+            [_stack(partial(Block, cfg, kind), count, rngs) for kind, count in pattern_runs(cfg)]
         )
 
 
@@ -77,14 +79,18 @@ class Decoder(nnx.Module):
     Args:
       cfg: The architecture.
       rngs: Source of the initial parameters.
-      remat: Recompute each super-block in the backward pass instead of storing its activations.
+      remat: What the backward pass finds stored: "super_block" (the input of each super-block,
+        for large models), "layer" (the input of each layer), or "none" (everything kept, nothing
+        computed twice). Where layers' inputs fit, their runs are unrolled as well.
     """
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, remat: bool = True) -> None:
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, remat: str = "super_block") -> None:
+        if remat not in REMAT:
+            raise ValueError(f"remat {remat!r} is unknown; known: {', '.join(REMAT)}")
         self.cfg = cfg
         self.remat = remat
         self.embed = Embed(cfg, rngs)
-        self.blocks = _stack(lambda r: SuperBlock(cfg, r), cfg.num_layers // cfg.period, rngs)
+        self.blocks = _stack(partial(SuperBlock, cfg), cfg.num_layers // cfg.period, rngs)
         self.norm = RMSNorm(cfg.hidden_size, "norm", cfg.norm_eps, cfg.param_dtype)
         self.head = None if cfg.tie_embeddings else Head(cfg, rngs)
 
@@ -161,14 +167,16 @@ class Decoder(nnx.Module):
             block, indices = x
             outs = []
             for run, index in zip(block.runs, indices, strict=True):
-                carry, out = _scan(layer, carry, (run, index))
+                carry, out = _scan(layer, carry, (run, index), unroll=self.remat != "super_block")
                 outs.append(out)
             return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
 
-        if cache is None:
-            layer = jax.checkpoint(layer) if self.remat != "none" else layer
-            super_block = jax.checkpoint(super_block) if self.remat == "super_block" else super_block
-        carry, outs = _scan(super_block, (h, cache), (self.blocks, _layer_indices(self.cfg)))
+        if cache is None and self.remat != "none":
+            layer = jax.checkpoint(layer)
+        body = super_block
+        if cache is None and self.remat == "super_block":
+            body = jax.checkpoint(super_block)
+        carry, outs = _scan(body, (h, cache), (self.blocks, _layer_indices(self.cfg)))
         stats, inputs = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outs)
         return *carry, stats, inputs
 
@@ -209,13 +217,18 @@ def _stack[M: nnx.Module](make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.R
     return make_all(rngs)
 
 
-def _scan(body: Callable[..., Any], carry: _Carry, xs: Any) -> tuple[_Carry, Any]:
-    """`jax.lax.scan`, without a loop for a single step."""
+def _scan(
+    body: Callable[..., Any], carry: _Carry, xs: Any, *, unroll: bool = False
+) -> tuple[_Carry, Any]:
+    """`jax.lax.scan`, without a loop for a single step or where it is not wanted."""
     leading = jax.tree.leaves(xs)[0].shape[0]
-    if leading > 1:
+    if leading > 1 and not unroll:
         return jax.lax.scan(body, carry, xs)
-    carry, out = body(carry, jax.tree.map(lambda x: x[0], xs))
-    return carry, jax.tree.map(lambda x: x[None], out)
+    outs = []
+    for i in range(leading):
+        carry, out = body(carry, jax.tree.map(lambda x, i=i: x[i], xs))
+        outs.append(out)
+    return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outs)
 
 
 def _places(
@@ -231,7 +244,7 @@ def _places(
     if segment_ids is None:
         place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
     else:
-        place = places_in_segments(segment_ids)
+        place, segment_ids = number_segments(segment_ids)
     if cache is None:
         return place if positions is None else positions, None, segment_ids
     slots = cache.length[:, None] + place

@@ -69,9 +69,7 @@ class ShardingRules:
 DEFAULT_RULES = ShardingRules()
 
 
-def make_mesh(
-    shape: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None
-) -> Mesh:
+def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with all four axes, those not named of size 1.
 
     Args:
@@ -132,9 +130,7 @@ def param_shardings(
     return shardings
 
 
-def _undivided(
-    name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh
-) -> list[str]:
+def _undivided(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> list[str]:
     found = []
     for dim, (size, entry) in enumerate(zip(shape, spec, strict=True)):
         names = (entry,) if isinstance(entry, str) else entry or ()  # a spec unwraps one name

@@ -25,14 +25,14 @@ def parse_flags(argv: list[str]) -> list[str]:
     read = parser.parse
 
     def parse(argument: str) -> ConfigDict:
-        config = read(argument)
+        config: ConfigDict = read(argument)
         with config.unlocked():
             for section in SECTIONS:
                 if section not in config:
                     config[section] = ConfigDict()
         return config
 
-    parser.parse = parse
+    parser.parse = parse  # type: ignore[method-assign]
     try:
         return list(app.parse_flags_with_usage(argv))
     except OSError as error:
@@ -50,23 +50,25 @@ def _complain(error: object) -> int:
 
 def main(argv: list[str]) -> None:
     """Runs the job; an error that the user can mend ends in one message and exit code 2."""
+    if len(argv) > 1:
+        sys.exit(f"unexpected argument {argv[1]!r}; a key is set by --config.KEY=VALUE")
     # Imported late, so that --help and a wrong flag answer at once.
-    from mmjax.convert import CheckpointError
     from mmjax.config import ConfigError
+    from mmjax.convert import CheckpointError
     from mmjax.engine.generate import PromptError
     from mmjax.sharding import ShardingError
     from mmjax.tokenizer import TokenizerError
     from train.config import build
     from train.gin_overlay import apply_gin
-    from train.tasks import run_task
 
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
-    if len(argv) > 1:
-        sys.exit(f"unexpected argument {argv[1]!r}; a key is set by --config.KEY=VALUE")
     try:
         explicit = list(config_flags.get_override_values(flags.FLAGS["config"]))
         apply_gin(_CONFIG.value, _GIN.value, explicit)
-        job = run_task(build(_CONFIG.value), Path(_WORKDIR.value))
+        cfg = build(_CONFIG.value)
+        from train.tasks import run_task  # after the checks: it takes seconds
+
+        job = run_task(cfg, Path(str(_WORKDIR.value)))
     except (ConfigError, CheckpointError, PromptError, ShardingError, TokenizerError) as error:
         sys.exit(_complain(error))
     if job.stop_signal is not None:

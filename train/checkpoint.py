@@ -41,9 +41,7 @@ class Checkpoints:
         )
         self._manager.save(step, args=items, force=True)
 
-    def restore(
-        self, state: TrainState, data: grain.DatasetIterator[Any]
-    ) -> TrainState | None:
+    def restore(self, state: TrainState, data: grain.DatasetIterator[Any]) -> TrainState | None:
         """The latest checkpoint in the structure and sharding of `state`, None if there is none.
 
         The iterator is moved to its place in it.

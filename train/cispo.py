@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,18 +27,19 @@ from train.step import apply_gradients, router_metrics
 from train.tokenizing import job_tokenizer
 
 
-class Batch(NamedTuple):
+class Batch[A: (jax.Array, np.ndarray)](NamedTuple):
     """One update's N groups: sequences [N, G, P + T] int32 (prompt and completion without a gap),
     prompt_lengths [N], completion lengths [N, G]; per completion token [N, G, T]: tokens, behaviour
-    and mask (zero in a dropped group); advantages [N, G]."""
+    and mask (zero in a dropped group); advantages [N, G].
+    """
 
-    sequences: jax.Array
-    prompt_lengths: jax.Array
-    lengths: jax.Array
-    tokens: jax.Array
-    behaviour: jax.Array
-    mask: jax.Array
-    advantages: jax.Array
+    sequences: A
+    prompt_lengths: A
+    lengths: A
+    tokens: A
+    behaviour: A
+    mask: A
+    advantages: A
 
 
 def run(cfg: JobConfig, workdir: Path) -> Job:
@@ -102,7 +102,7 @@ def cispo_step(
     optimizer: optax.GradientTransformation,
     cfg: CispoConfig,
     state: TrainState,
-    batch: Batch,
+    batch: Batch[jax.Array],
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One off-policy update on whole groups; `state.step` is left to the caller.
 
@@ -136,7 +136,7 @@ def cispo_step(
 
 
 def completion_logprobs(
-    model: Decoder, batch: Batch, temperature: float
+    model: Decoder, batch: Batch[jax.Array], temperature: float
 ) -> tuple[jax.Array, Any]:
     """log π of every completion token [N, G, T] by one forward pass, and the routers' aux."""
     groups, samples, width = batch.tokens.shape
@@ -153,7 +153,7 @@ def completion_logprobs(
     return logp.reshape(batch.tokens.shape), out.aux
 
 
-def minibatches(rollouts: Rollouts, updates: int) -> list[Batch]:
+def minibatches(rollouts: Rollouts, updates: int) -> list[Batch[np.ndarray]]:
     """Whole groups dealt out to the updates, those with a signal evenly.
 
     Args:
@@ -220,9 +220,12 @@ def _problem_indices(count: int, batch: int, seed: int) -> grain.DatasetIterator
 
 def _summary(updates: list[dict[str, jax.Array]]) -> dict[str, jax.Array | float]:
     """Means over the updates of one batch; drift before the first of them, when sampler and
-    trainer hold the same weights."""
+    trainer hold the same weights.
+    """
     fetched = jax.device_get(updates)
-    summary = {name: float(np.mean([u[name] for u in fetched])) for name in fetched[0]}
+    summary: dict[str, jax.Array | float] = {
+        name: float(np.mean([u[name] for u in fetched])) for name in fetched[0]
+    }
     summary["is_weight/max"] = float(max(u["is_weight/max"] for u in fetched))
     summary["logprob_drift"] = float(fetched[0]["logprob_drift"])
     return summary

@@ -16,6 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mmjax.config import ConfigError, ModelConfig
+from mmjax.model import REMAT
 
 _PRESETS = ("tiny", "minimax_text_01", "minimax_m1", "minimax_vl_01")
 
@@ -131,7 +132,7 @@ class JobConfig:
       seed: Of everything random: initial weights, data order, sampling.
       model: Architecture; its vocab_size is raised to the tokenizer's.
       init_from: Model folder or workdir whose parameters (and tokenizer) the job starts from.
-      remat: Recompute activations in the backward pass; False is faster where memory allows.
+      remat: What the backward pass recomputes, see `mmjax.Decoder`: "super_block", "layer", "none".
       mesh: Size of each mesh axis; empty puts all devices on `data`.
       log_every: Steps between lines of metrics.
     """
@@ -141,7 +142,7 @@ class JobConfig:
     seed: int = 0
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig.tiny)
     init_from: str = ""
-    remat: bool = True
+    remat: str = "super_block"
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
     log_every: int = 1
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -263,6 +264,7 @@ def _check(job: JobConfig) -> None:
     problems = []
     choices = {
         "task": (job.task, ("pretrain", "sft", "cispo")),
+        "remat": (job.remat, REMAT),
         "data.source": (job.data.source, ("text", "reasoning")),
         "optimizer.decay": (job.optimizer.decay, ("constant", "cosine", "linear", "exponential")),
         "checkpoint.export": (job.checkpoint.export, ("", "hf", "hf-native")),
@@ -279,10 +281,15 @@ def _check(job: JobConfig) -> None:
         "log_every": job.log_every,
         **{
             f"cispo.{name}": getattr(job.cispo, name)
-            for name in (
-                "prompts_per_batch samples_per_prompt updates_per_batch max_prompt_tokens "
-                "max_new_tokens is_weight_cap temperature"
-            ).split()
+            for name in [
+                "prompts_per_batch",
+                "samples_per_prompt",
+                "updates_per_batch",
+                "max_prompt_tokens",
+                "max_new_tokens",
+                "is_weight_cap",
+                "temperature",
+            ]
         },
     }
     problems += [f"{n} must be positive, got {v}" for n, v in positive.items() if not v > 0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import runpy
 import subprocess
 import sys
 import time
@@ -24,7 +25,6 @@ from rich.console import Console
 from rich.table import Table
 
 import mmjax
-from configs.demo import get_config
 from mmjax.engine import SamplingParams
 from mmjax.tokenizer import Tokenizer
 from train.config import JobConfig, build
@@ -33,6 +33,7 @@ from train.metrics import read_metrics
 from train.rollout import Rollouts, roll_out
 from train.tasks import run_task
 
+_CONFIG = Path(__file__).parent.parent / "configs" / "demo.py"
 _TRANSCRIPTS = 6
 
 
@@ -116,10 +117,9 @@ def draw_curve(workdir: Path) -> None:
     plt.close(figure)
 
 
-def _job(
-    stage: str, seed: int, workdir: Path, overrides: dict[str, object] | None
-) -> JobConfig:
-    config: ConfigDict = get_config(stage)
+def _job(stage: str, seed: int, workdir: Path, overrides: dict[str, object] | None) -> JobConfig:
+    # By its path, as the --config flag does: train imports nothing of configs.
+    config: ConfigDict = runpy.run_path(str(_CONFIG))["get_config"](stage)
     config.seed = seed
     if stage == "cispo":
         config.init_from = str(workdir / "sft" / "model")

@@ -13,7 +13,6 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -188,10 +187,12 @@ class Job:
 
     def export(self) -> Path | None:
         """Writes the model folder that the config asks for, replacing an earlier one."""
-        layout = self.cfg.checkpoint.export
-        if not layout:
-            return None
+        match self.cfg.checkpoint.export:
+            case "hf" | "hf-native" as layout:
+                pass
+            case _:
+                return None
         folder = self.workdir / "model"
         shutil.rmtree(folder, ignore_errors=True)
-        mmjax.save(self.model, folder, layout=layout, tokenizer_from=self.workdir)
+        mmjax.save(self.model, folder, layout, tokenizer_from=self.workdir)
         return folder

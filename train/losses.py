@@ -58,7 +58,8 @@ def cross_entropy(
 
 class CispoStats(NamedTuple):
     """ratio_mean, ratio_max: of the importance weights before the cap; capped: share of tokens
-    at the cap."""
+    at the cap.
+    """
 
     ratio_mean: jax.Array
     ratio_max: jax.Array

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mmjax.tokenizer import Tokenizer
 from train.config import JobConfig
 from train.data.packing import Example, packed_batches
 from train.data.text import read_documents
 from train.job import Job
 from train.language import fit
-from mmjax.tokenizer import Tokenizer
 from train.tokenizing import job_tokenizer
 
 

@@ -59,10 +59,10 @@ def roll_out(
         )
     prompts, lengths = pad_prompts(encoded, max_prompt_tokens)
     drawn = jax.device_get(generate(model, prompts, lengths, params, key, samples=samples))
+    end = tokenizer.backend.id_to_token(tokenizer.eos_id)
+    assert end is not None
     texts = [
-        tokenizer.decode(row[:n].tolist(), skip_special_tokens=False).removesuffix(
-            tokenizer.backend.id_to_token(tokenizer.eos_id)
-        )
+        tokenizer.decode(row[:n]).removesuffix(end)
         for row, n in zip(drawn.tokens, drawn.length, strict=True)
     ]
     scores = [

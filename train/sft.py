@@ -31,9 +31,7 @@ def run(cfg: JobConfig, workdir: Path) -> Job:
     Raises:
       ConfigError: a solution does not fit a row.
     """
-    problems, _ = split_problems(
-        cfg.data.tasks, cfg.data.size, cfg.cispo.eval_problems, cfg.seed
-    )
+    problems, _ = split_problems(cfg.data.tasks, cfg.data.size, cfg.cispo.eval_problems, cfg.seed)
     texts = [prompt_text(p) + worked_solution(p) for p in problems]
     tokenizer = job_tokenizer(cfg, workdir, texts)
     examples = _examples(problems, tokenizer, cfg)
@@ -41,9 +39,7 @@ def run(cfg: JobConfig, workdir: Path) -> Job:
     return fit(Job(cfg, workdir, tokenizer, cfg.steps), data)
 
 
-def _examples(
-    problems: ReasoningProblems, tokenizer: Tokenizer, cfg: JobConfig
-) -> list[Example]:
+def _examples(problems: ReasoningProblems, tokenizer: Tokenizer, cfg: JobConfig) -> list[Example]:
     length = cfg.data.sequence_length
     direct = np.random.default_rng(cfg.seed).random(len(problems)) < cfg.data.direct_share
     examples = []

@@ -14,7 +14,8 @@ from mmjax.model import Decoder
 
 class TrainState(NamedTuple):
     """step: of the loop (updates, or rollout batches); params: the model's; opt_state; key:
-    PRNG key of sampling, as raw data."""
+    PRNG key of sampling, as raw data.
+    """
 
     step: jax.Array
     params: nnx.State
@@ -39,6 +40,4 @@ def to_flat(state: TrainState) -> dict[str, Any]:
 
 def from_flat(like: TrainState, flat: dict[str, Any]) -> TrainState:
     """The inverse of `to_flat`, in the structure of `like`."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: flat[jax.tree_util.keystr(path)], like
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, _: flat[jax.tree_util.keystr(path)], like)

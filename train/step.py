@@ -69,7 +69,8 @@ def apply_gradients(
 
 def router_metrics(aux: Aux) -> dict[str, jax.Array]:
     """Balance of the experts: aux loss (top_k when even), busiest expert's load over the mean,
-    entropy in nats."""
+    entropy in nats.
+    """
     load = aux.tokens_per_expert
     busiest = load.max(axis=1) / jnp.maximum(load.mean(axis=1), 1e-9)
     return {

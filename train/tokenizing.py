@@ -12,7 +12,8 @@ from train.data.tokenizer import train_tokenizer
 
 def job_tokenizer(cfg: JobConfig, workdir: Path, texts: Iterable[str]) -> Tokenizer:
     """The workdir's own if the job has run before, else that of `data.tokenizer` or of
-    `init_from`, else a new one of at most model.vocab_size ids trained on the texts."""
+    `init_from`, else a new one of at most model.vocab_size ids trained on the texts.
+    """
     if (workdir / "tokenizer.json").exists():
         return Tokenizer.load(workdir)
     for folder in (cfg.data.tokenizer, cfg.init_from):

@@ -33,9 +33,7 @@ def grouped_matmul_chunked(
     return jnp.zeros((rows, rhs.shape[2]), lhs.dtype).at[source].set(out, mode="drop")
 
 
-def block_layout(
-    group_sizes: jax.Array, blocks: int, block: int
-) -> tuple[jax.Array, jax.Array]:
+def block_layout(group_sizes: jax.Array, blocks: int, block: int) -> tuple[jax.Array, jax.Array]:
     """Lays groups out in whole blocks of rows, group after group.
 
     Args:

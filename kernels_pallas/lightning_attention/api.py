@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
@@ -10,7 +12,7 @@ from kernels_pallas import dispatch
 from kernels_pallas.lightning_attention.chunked import lightning_attention_chunked
 from kernels_pallas.lightning_attention.reference import lightning_attention_reference
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "chunked": lightning_attention_chunked,
     "reference": lightning_attention_reference,
 }

@@ -36,7 +36,9 @@ from kernels_pallas.numerics import einsum32
 CHUNK = 64
 
 type _Arrays = tuple[jax.Array, ...]
-type _Arguments = tuple[jax.Array | None, ...]  # without segment_ids, None stands for them
+# q, k, v, decay, segment_ids (or None), initial_state.
+type _Arguments = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array]
+type _ClockChunk = tuple[Clock, jax.Array, jax.Array]
 type _Body = Callable[[jax.Array, Weights, _Arrays], tuple[jax.Array, _Arrays]]
 
 
@@ -65,7 +67,15 @@ def lightning_attention_chunked(
     return out, state
 
 
-def _forward(*args: jax.Array | None) -> tuple[tuple[jax.Array, jax.Array], _Arguments]:
+def _forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    decay: jax.Array,
+    segment_ids: jax.Array | None,
+    initial_state: jax.Array,
+) -> tuple[tuple[jax.Array, jax.Array], _Arguments]:
+    args = (q, k, v, decay, segment_ids, initial_state)
     return lightning_attention_chunked(*args), args
 
 
@@ -131,23 +141,33 @@ def _over_chunks(
     for start, stop, size in reversed(parts) if reverse else parts:
         chunks = tuple(_split(a[:, start:stop], size) for a in arrays)
         if clock is None:
-            w = unpacked_weights(decay, size)
-            carry, out = jax.lax.scan(
-                lambda c, x, w=w: body(c, w, x), carry, chunks, reverse=reverse
-            )
+            fixed = partial(_with_weights, body, unpacked_weights(decay, size))
+            carry, out = jax.lax.scan(fixed, carry, chunks, reverse=reverse)
         else:
-            clocks = _clock_chunks(clock, start, stop, size)
-            carry, out = jax.lax.scan(
-                lambda c, x: body(c, chunk_weights(decay, *x[0]), x[1]),
-                carry,
-                (clocks, chunks),
-                reverse=reverse,
-            )
+            packed = _clock_chunks(clock, start, stop, size)
+            each = partial(_with_clock, body, decay)
+            carry, out = jax.lax.scan(each, carry, (packed, chunks), reverse=reverse)
         outs.append(tuple(_join(o) for o in out))
     if reverse:
         outs.reverse()
-    joined = [pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, 1) for pieces in zip(*outs, strict=True)]
+    joined = [
+        pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, 1)
+        for pieces in zip(*outs, strict=True)
+    ]
     return carry, tuple(joined)
+
+
+def _with_weights(
+    body: _Body, w: Weights, carry: jax.Array, x: _Arrays
+) -> tuple[jax.Array, _Arrays]:
+    return body(carry, w, x)
+
+
+def _with_clock(
+    body: _Body, decay: jax.Array, carry: jax.Array, x: tuple[_ClockChunk, _Arrays]
+) -> tuple[jax.Array, _Arrays]:
+    (clock, tally_before, run_before), chunks = x
+    return body(carry, chunk_weights(decay, clock, tally_before, run_before), chunks)
 
 
 def _split(x: jax.Array, size: int) -> jax.Array:
@@ -162,9 +182,7 @@ def _join(x: jax.Array) -> jax.Array:
     return x.transpose(1, 0, 3, 2, 4).reshape(batch, chunks * size, heads, dim)
 
 
-def _clock_chunks(
-    clock: Clock, start: int, stop: int, size: int
-) -> tuple[Clock, jax.Array, jax.Array]:
+def _clock_chunks(clock: Clock, start: int, stop: int, size: int) -> _ClockChunk:
     """The clock of [start, stop) in chunks [N, B, C], with what stood before each chunk [N, B]."""
 
     def chunks(x: jax.Array) -> jax.Array:
@@ -174,4 +192,4 @@ def _clock_chunks(
         shifted = jnp.pad(x, ((0, 0), (1, 0)))
         return shifted[:, start:stop:size].T
 
-    return Clock(*map(chunks, clock)), before(clock.count), before(clock.run)
+    return Clock(*map(chunks, clock)), before(clock.tally), before(clock.run)

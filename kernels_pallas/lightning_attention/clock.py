@@ -13,13 +13,13 @@ import jax.numpy as jnp
 
 
 class Clock(NamedTuple):
-    """Per token: real [B, T] bool, count [B, T] of real tokens so far, run [B, T] of the segment.
+    """Per token: real [B, T] bool, tally [B, T] of real tokens so far, run [B, T] of the segment.
 
-    A padding token carries the count and the run of the last real token before it.
+    A padding token carries the tally and the run of the last real token before it.
     """
 
     real: jax.Array
-    count: jax.Array
+    tally: jax.Array
     run: jax.Array
 
 
@@ -47,17 +47,20 @@ def read_clock(segment_ids: jax.Array) -> Clock:
     restart = real & (before >= 0) & (segment_ids != id_before)
     return Clock(
         real=real,
-        count=jnp.cumsum(real, axis=1, dtype=jnp.int32),
+        tally=jnp.cumsum(real, axis=1, dtype=jnp.int32),
         run=jnp.cumsum(restart, axis=1, dtype=jnp.int32),
     )
 
 
-def places_in_segments(segment_ids: jax.Array) -> jax.Array:
-    """Place of each token in its segment [B, T], from 0, padding not counted."""
+def number_segments(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Place of each token in its segment [B, T] from 0, padding not counted; and segments
+    numbered from 1 within each row, 0 for padding, so that an id used twice is two segments.
+    """
     real, count, run = read_clock(segment_ids)
     run_before = jnp.pad(run[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     count_before = jnp.where(run != run_before, count - real.astype(jnp.int32), 0)
-    return jnp.maximum(count - jax.lax.cummax(count_before, axis=1) - 1, 0)
+    place = jnp.maximum(count - jax.lax.cummax(count_before, axis=1) - 1, 0)
+    return place, jnp.where(real, run + 1, 0)
 
 
 def chunk_weights(

@@ -49,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     for row, text in enumerate(texts):
         ids = out.tokens[row, : out.length[row]].tolist()
-        print(f"--- {text}\n{tokenizer.decode(ids, skip_special_tokens=True)}")
+        if out.finished[row]:
+            ids = ids[:-1]  # the end token says nothing to a reader, the thinking marks do
+        print(f"--- {text}\n{tokenizer.decode(ids)}")
     count = int(np.sum(out.length))
     print(
         f"{count} tokens in {seconds:.2f} s, compilation included ({count / seconds:.0f} tokens/s)",

@@ -98,7 +98,7 @@ def generate(
 
 
 class _Step(NamedTuple):
-    index: jax.Array
+    place: jax.Array
     cache: HybridCache
     token: jax.Array
     done: jax.Array
@@ -117,9 +117,7 @@ def _generate(
     batch, width = prompts.shape
     real = jnp.arange(width, dtype=jnp.int32)[None] < lengths[:, None]
     cache = HybridCache.create(model.cfg, batch, width + params.max_tokens)
-    prefill = model(
-        prompts, segment_ids=real.astype(jnp.int32), cache=cache, compute_logits=False
-    )
+    prefill = model(prompts, segment_ids=real.astype(jnp.int32), cache=cache, compute_logits=False)
     last = jnp.take_along_axis(prefill.hidden, lengths[:, None, None] - 1, axis=1)
     logits = jnp.repeat(model.logits(last)[:, 0], samples, axis=0)
     assert prefill.cache is not None
@@ -127,17 +125,17 @@ def _generate(
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows, dtype=jnp.uint32))
 
     def emit(state: _Step, logits: jax.Array) -> _Step:
-        keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, state.index)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, state.place)
         token, logp = sample(logits, keys, params)
         token = jnp.where(state.done, 0, token)
         ended = jnp.zeros(rows, bool) if params.eos_id is None else token == params.eos_id
         out = Completions(
-            state.out.tokens.at[:, state.index].set(token),
-            state.out.logprobs.at[:, state.index].set(jnp.where(state.done, 0, logp)),
+            state.out.tokens.at[:, state.place].set(token),
+            state.out.logprobs.at[:, state.place].set(jnp.where(state.done, 0, logp)),
             state.out.length + (~state.done).astype(jnp.int32),
             state.out.finished | (ended & ~state.done),
         )
-        return _Step(state.index + 1, state.cache, token, state.done | ended, out)
+        return _Step(state.place + 1, state.cache, token, state.done | ended, out)
 
     def step(state: _Step) -> _Step:
         out = model(
@@ -145,7 +143,8 @@ def _generate(
             segment_ids=(~state.done).astype(jnp.int32)[:, None],
             cache=state.cache,
         )
-        assert out.cache is not None and out.logits is not None
+        assert out.cache is not None
+        assert out.logits is not None
         return emit(state._replace(cache=out.cache), out.logits[:, 0])
 
     nothing = Completions(
@@ -162,6 +161,6 @@ def _generate(
         nothing,
     )
     end = jax.lax.while_loop(
-        lambda s: (s.index < params.max_tokens) & ~jnp.all(s.done), step, emit(start, logits)
+        lambda s: (s.place < params.max_tokens) & ~jnp.all(s.done), step, emit(start, logits)
     )
     return end.out

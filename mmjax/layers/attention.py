@@ -78,9 +78,7 @@ class SoftmaxAttention(nnx.Module):
         out = softmax_attention(q, own_keys.astype(q.dtype), own_values.astype(q.dtype), index)
         return self._output(out), keys, values
 
-    def _project(
-        self, x: jax.Array, angles: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _project(self, x: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, k, v = (
             weights.project(x, kernel[...]).reshape(*x.shape[:2], *kernel.shape[1:])
             for kernel in (self.q, self.k, self.v)

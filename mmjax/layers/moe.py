@@ -18,6 +18,8 @@ from mmjax.layers import weights
 
 # Rows that share one expert's matrix in the grouped product, at least and at most.
 MIN_BLOCK, MAX_BLOCK = 64, 512
+# Tokens that visit the experts together on a CPU: their rows stay in its caches.
+CPU_TOKENS = 2048
 
 
 class RouterStats(NamedTuple):
@@ -66,26 +68,36 @@ class MoE(nnx.Module):
         probability = jax.nn.softmax(logits, axis=-1)
         top, expert = jax.lax.top_k(probability, self.top_k)
         share = (top / top.sum(-1, keepdims=True)).astype(x.dtype)
-        out = self._experts(tokens, share, expert.astype(jnp.int32)).reshape(x.shape)
+        out = self._in_cache(tokens, share, expert.astype(jnp.int32)).reshape(x.shape)
         if self.shared is not None:
             out = self.shared(x, out)
         mask = jnp.ones(tokens.shape[0], bool) if real is None else real.reshape(-1)
         stats = _router_stats(logits, probability, expert, mask)
         return out, stats._replace(logits=logits.reshape(batch, length, -1))
 
+    def _in_cache(self, tokens: jax.Array, share: jax.Array, expert: jax.Array) -> jax.Array:
+        """`_experts`, on CPUs over runs of tokens short enough for what they need to be cached."""
+        count = tokens.shape[0]
+        if jax.default_backend() != "cpu" or count < 2 * CPU_TOKENS:
+            return self._experts(tokens, share, expert)
+        whole = count // CPU_TOKENS * CPU_TOKENS
+        runs = (x[:whole].reshape(-1, CPU_TOKENS, x.shape[1]) for x in (tokens, share, expert))
+        out = jax.lax.map(lambda run: self._experts(*run), tuple(runs)).reshape(whole, -1)
+        if whole == count:
+            return out
+        rest = self._experts(tokens[whole:], share[whole:], expert[whole:])
+        return jnp.concatenate([out, rest])
+
     def _experts(self, tokens: jax.Array, share: jax.Array, expert: jax.Array) -> jax.Array:
         """Applies the chosen experts. tokens [N, D], share and expert [N, k]."""
         count, experts = tokens.shape[0], self.w1.shape[0]
         block = _block_size(count * self.top_k // experts)
         blocks = -(-count * self.top_k // block) + experts
-        # Where sorting saves less than half of the products, it costs more than it saves.
-        if experts <= 2 * self.top_k or count * experts <= blocks * block:
+        if count * experts <= blocks * block:
             return self._every_expert(tokens, share, expert)
         rows = _sort_by_expert(expert, experts, blocks, block)
         sorted_tokens = _take_rows(tokens, rows)
-        product = partial(
-            grouped_matmul, group_sizes=rows.group_sizes, row_align=block
-        )
+        product = partial(grouped_matmul, group_sizes=rows.group_sizes, row_align=block)
         dtype = tokens.dtype
         hidden = jax.nn.silu(product(sorted_tokens, self.w1[...].astype(dtype)))
         hidden *= product(sorted_tokens, self.w3[...].astype(dtype))
@@ -180,8 +192,8 @@ def _router_stats(
 
 
 def _block_size(rows_per_expert: int) -> int:
-    """A power of two that wastes at most an eighth of an average expert's rows, within bounds."""
-    wanted = 1 << max(rows_per_expert // 8, 1).bit_length() - 1
+    """A power of two, at most a quarter of an average expert's rows, within bounds."""
+    wanted = 1 << max(rows_per_expert // 4, 1).bit_length() - 1
     return min(max(wanted, MIN_BLOCK), MAX_BLOCK)
 
 

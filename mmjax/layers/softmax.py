@@ -27,7 +27,8 @@ _MASKED = -1e30
 
 class Visibility(NamedTuple):
     """Who sees whom: place [B, T] of each query among the keys (-1 for padding: sees nothing),
-    and segments of queries [B, T] and keys [B, S], both None where all are of one segment."""
+    and segments of queries [B, T] and keys [B, S], both None where all are of one segment.
+    """
 
     place: jax.Array
     query_segments: jax.Array | None

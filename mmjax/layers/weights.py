@@ -1,4 +1,4 @@
-"""How weights are made and used: initialisers with logical axes, products in the right precision."""
+"""How weights are made and used: initialisers with logical axes, products in their precision."""
 
 from __future__ import annotations
 
@@ -48,9 +48,7 @@ def normal(
     return nnx.Param(value.astype(dtype), axes=axes)
 
 
-def ones(
-    shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: str
-) -> nnx.Param[jax.Array]:
+def ones(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: str) -> nnx.Param[jax.Array]:
     """A parameter of ones, for norm scales."""
     return nnx.Param(jnp.ones(shape, dtype), axes=axes)
 

@@ -7,12 +7,9 @@ import pytest
 from tests.mmjax.programs import empty_cache, extend, forward, random_model, small_config, tokens
 
 
-@pytest.fixture(scope="module", params=["lightning", "softmax", "both"])
+@pytest.fixture(scope="module", params=["lightning", "softmax"])
 def model(request):
-    kinds = {"lightning": ("lightning",) * 2, "softmax": ("softmax",) * 2}.get(
-        request.param, ("lightning", "softmax")
-    )
-    return random_model(small_config(num_layers=2, layer_types=kinds))
+    return random_model(small_config(num_layers=2, layer_types=(request.param,) * 2))
 
 
 LENGTHS = (5, 1, 9, 3)

@@ -11,6 +11,7 @@ from flax import nnx
 import mmjax
 from mmjax.config import ConfigError, ModelConfig
 from mmjax.convert.params import by_name
+from mmjax.layers import moe
 from mmjax.layers.attention import SoftmaxAttention
 from mmjax.layers.lightning import INNER_NORM_EPS, LightningAttention, decay_rates
 from mmjax.layers.moe import MoE
@@ -221,6 +222,15 @@ def test_experts(length):
     out, stats = module(jnp.asarray(x), None)
     assert_near(out, moe_formula(x.astype(np.float64), w, cfg.num_experts_per_token))
     assert float(stats.tokens_per_expert.sum()) == 2 * length
+
+
+def test_experts_over_runs_of_tokens(monkeypatch):
+    """What a CPU does with many tokens: three whole runs of 128 and a rest of 16."""
+    monkeypatch.setattr(moe, "CPU_TOKENS", 128)
+    module, w, cfg = layer(MoE)
+    x = inputs(cfg, 1, 400)
+    expected = moe_formula(x.astype(np.float64), w, cfg.num_experts_per_token)
+    assert_near(module(jnp.asarray(x), None)[0], expected)
 
 
 @pytest.mark.parametrize("mode", ["sigmoid", "softmax"])

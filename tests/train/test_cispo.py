@@ -35,7 +35,7 @@ OPTIMIZER = adamw(learning_rate=0.0, weight_decay=0.1)
 
 def fresh():
     model = tiny_model(300)
-    model.remat = False
+    model.remat = "none"
     return init_state(model, OPTIMIZER, 0)
 
 

@@ -136,6 +136,7 @@ def test_what_has_no_default_must_be_set(missing):
         ("data__source", "'text', 'reasoning'"),
         ("optimizer__decay", "'constant', 'cosine', 'linear', 'exponential'"),
         ("checkpoint__export", "'', 'hf', 'hf-native'"),
+        ("remat", "'super_block', 'layer', 'none'"),
         ("model__preset", "tiny, minimax_text_01, minimax_m1, minimax_vl_01"),
     ],
 )
@@ -146,7 +147,7 @@ def test_unknown_choice_lists_the_known_ones(key, known):
 
 
 def test_unknown_reasoning_task_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="chain_sums.*known: chain_sum"):
+    with pytest.raises(ConfigError, match=r"chain_sums.*known: chain_sum"):
         split_problems(("chain_sum", "chain_sums"), 10, 4, seed=0)
 
 
@@ -322,7 +323,7 @@ def test_gin_line_that_means_nothing(gin, line):
 
 
 def test_missing_gin_file():
-    with pytest.raises(ConfigError, match="gin file nowhere.gin does not exist"):
+    with pytest.raises(ConfigError, match=r"gin file nowhere\.gin does not exist"):
         apply_gin(job(), ["nowhere.gin"])
 
 

@@ -149,7 +149,7 @@ def test_greedy_logprobs_are_at_temperature_one():
 
 def test_top_k_keeps_k():
     tokens, _ = draw(top_k=3, temperature=10.0)
-    rank = (LOGITS > LOGITS[np.arange(64), tokens][:, None]).sum(-1)
+    rank = (LOGITS[np.arange(64), tokens][:, None] < LOGITS).sum(-1)
     assert set(rank.tolist()) == {0, 1, 2}
 
 
@@ -191,5 +191,5 @@ def test_no_prompts():
 
 def test_prompt_and_completion_beyond_the_models_positions(model):
     short = with_config(model, max_position_embeddings=12)
-    with pytest.raises(PromptError, match="5 tokens and max_tokens=8 make 13.*12 positions"):
+    with pytest.raises(PromptError, match=r"5 tokens and max_tokens=8 make 13.*12 positions"):
         complete(short, PROMPTS, GREEDY)

@@ -6,7 +6,7 @@ show a first way of thinking, are written here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import reasoning_gym
@@ -72,6 +72,9 @@ class ReasoningProblems:
 
     def __len__(self) -> int:
         return len(self._problems)
+
+    def __iter__(self) -> Iterator[Problem]:
+        return iter(self._problems)
 
     def __getitem__(self, index: int) -> Problem:
         return self._problems[index]

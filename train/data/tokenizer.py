@@ -18,7 +18,10 @@ SPECIAL = (BOS, EOS, "<think>", "</think>")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE as M1's, digits one by one, thinking marks as single tokens.
+    """Byte-level BPE, digits one by one, thinking marks as single tokens.
+
+    Unlike M1's, merges may cross word borders, so that the fixed phrases of a small task become
+    single tokens.
 
     Args:
       texts: What it is to encode.
@@ -26,7 +29,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(False, use_regex=False),
+        ]
     )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
