@@ -1,0 +1,150 @@
+"""Prefill, compile time, decode and one CISPO step of the tiny M1 on this CPU, beside transformers.
+
+    .venv/bin/python -m benchmarks.cpu_tiny --peer-python PYTHON
+
+PYTHON is an interpreter with torch and transformers, which are no dependencies of this project;
+without it the peer's column stays empty. Both sides run in the same call, one after the other,
+on all cores, float32, random weights of the same shapes. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from mmjax import Decoder, HybridCache, ModelConfig
+from mmjax.engine import SamplingParams, generate
+from train.cispo import cispo_step, minibatches
+from train.config import CispoConfig
+from train.rollout import Rollouts
+from train.state import init_state
+
+LENGTHS = (1024, 4096, 16384, 65536)
+_PEER = """
+import json, statistics, time, torch
+from transformers import MiniMaxConfig, MiniMaxForCausalLM
+torch.manual_seed(0)
+model = MiniMaxForCausalLM(MiniMaxConfig(
+    vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=8,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_local_experts=4,
+    num_experts_per_tok=2, max_position_embeddings=1 << 20,
+    layer_types=["linear_attention"] * 7 + ["full_attention"])).eval()
+out = {}
+with torch.no_grad():
+    for length in LENGTHS:
+        ids = torch.randint(0, 256, (1, length))
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            model(ids)
+            times.append(time.perf_counter() - start)
+        out[str(length)] = statistics.median(times[1:])
+print(json.dumps(out))
+"""
+
+
+def measure(call: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """Seconds of the first call (compilation included) and the median of the following ones."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - start)
+    return times[0], statistics.median(times[1:])
+
+
+def prefill(model: Decoder, length: int) -> tuple[float, float]:
+    """First-call and median seconds of one row."""
+    tokens = jax.random.randint(jax.random.key(1), (1, length), 0, model.cfg.vocab_size)
+    forward = jax.jit(lambda m, t: m(t).logits)
+    return measure(lambda: forward(model, tokens), repeats=3)
+
+
+def decode(model: Decoder, batch: int, steps: int = 32) -> float:
+    """Seconds a decode step."""
+
+    def run(m: Decoder, cache: HybridCache, token: jax.Array) -> Any:
+        def step(_: int, carry: Any) -> Any:
+            out = m(carry[1], cache=carry[0])
+            return out.cache, jnp.argmax(out.logits[:, -1:], -1).astype(jnp.int32)
+
+        return jax.lax.fori_loop(0, steps, step, (cache, token))
+
+    compiled = jax.jit(run)
+    cache = HybridCache.create(model.cfg, batch, 128)
+    token = jnp.zeros((batch, 1), jnp.int32)
+    return measure(lambda: compiled(model, cache, token), repeats=5)[1] / steps
+
+
+def cispo(model: Decoder) -> float:
+    """Seconds of one step: 8 prompts x 8 samples x 32 tokens rolled out, then one update."""
+    cfg = CispoConfig(updates_per_batch=1)
+    optimizer = optax.adamw(1e-4)
+    graphdef, state = init_state(model, optimizer, 0)
+    prompts = np.ones((8, 16), np.int32)
+    lengths = np.full(8, 16, np.int32)
+    rng = np.random.default_rng(0)
+
+    def step() -> Any:
+        nonlocal state
+        drawn = jax.device_get(
+            generate(
+                nnx.merge(graphdef, state.params),
+                prompts,
+                lengths,
+                SamplingParams(32),
+                jax.random.key(0),
+                samples=8,
+            )
+        )
+        grouped = [x.reshape(8, 8, *x.shape[1:]) for x in drawn]
+        rewards = rng.integers(0, 2, (8, 8)).astype(np.float32)
+        rewards[:, 0], rewards[:, 1] = 0, 1  # every group says something
+        rollouts = Rollouts(prompts, lengths, *grouped, rewards, 0, [])
+        (batch,) = minibatches(rollouts, 1)
+        state, metrics = cispo_step(graphdef, optimizer, cfg, state, batch)
+        return metrics
+
+    return measure(step, repeats=5)[1]
+
+
+def main() -> None:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--peer-python", help="interpreter with torch and transformers")
+    args = parser.parse_args()
+    peer = {}
+    if args.peer_python:
+        code = f"LENGTHS = {LENGTHS}\n{_PEER}"
+        done = subprocess.run(
+            [args.peer_python, "-c", code], capture_output=True, text=True, check=True
+        )
+        peer = json.loads(done.stdout.splitlines()[-1])
+    make = jax.jit(lambda: nnx.split(Decoder(ModelConfig.tiny(), rngs=nnx.Rngs(0), remat="layer")))
+    graphdef, params = make()
+    model = nnx.merge(graphdef, params)
+    print(f"{platform.machine()}, {jax.device_count()} device, jax {jax.__version__}\n")
+    print("| what | mmjax | first call | transformers |\n|---|---|---|---|")
+    for length in LENGTHS:
+        first, median = prefill(model, length)
+        other = f"{peer[str(length)]:.3f} s" if peer else ""
+        print(f"| prefill {length} | {median:.3f} s | {first:.1f} s | {other} |", flush=True)
+    for batch in (1, 16):
+        print(f"| decode step, batch {batch} | {decode(model, batch) * 1e3:.2f} ms | | |")
+    print(f"| CISPO step 8 x 8 x 32 | {cispo(model):.3f} s | | |")
+
+
+if __name__ == "__main__":
+    main()
