@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
+from typing import SupportsInt
 
 import tokenizers
 
@@ -69,9 +70,11 @@ class Tokenizer:
         """Ids of the text; special tokens in it become their ids, none is added."""
         return list(self.backend.encode(text, add_special_tokens=False).ids)
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+    def decode(self, ids: Iterable[SupportsInt], *, skip_special_tokens: bool = False) -> str:
         """Text of the ids."""
-        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        return str(
+            self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        )
 
 
 def _eos_token(folder: Path) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -135,11 +135,13 @@ class Job:
         self.workdir.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(self.workdir)
         checkpoints = Checkpoints(self.workdir, cfg.checkpoint)
-        self.state = checkpoints.restore(self.state, data) or self.state
+        # Orbax brings scalars back on one device, whatever they were on.
+        self.state = self._replicate_scalars(checkpoints.restore(self.state, data) or self.state)
         start = int(self.state.step)
         pending: tuple[int, Scalars] | None = None
         with (
             jax.set_mesh(self.mesh),
+            closing(checkpoints),
             Metrics(self.workdir, cfg.task, start, cfg.steps) as metrics,
             self._catch_signals(),
         ):
@@ -167,7 +169,6 @@ class Job:
                     checkpoints.save(self.state, data)
             flush()
             checkpoints.save(self.state, data)
-            checkpoints.close()
         return metrics
 
     @contextmanager

@@ -24,7 +24,7 @@ CFG = CispoConfig(
     prompts_per_batch=4,
     samples_per_prompt=2,
     updates_per_batch=2,
-    max_prompt_tokens=72,
+    max_prompt_tokens=96,
     max_new_tokens=8,
     temperature=0.8,
 )
