@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
-from train import cispo, pretrain, sft
 from train.config import JobConfig
 from train.job import Job
-
-_TASKS = {"pretrain": pretrain.run, "sft": sft.run, "cispo": cispo.run}
 
 
 def run_task(cfg: JobConfig, workdir: Path) -> Job:
@@ -18,4 +16,6 @@ def run_task(cfg: JobConfig, workdir: Path) -> Job:
       cfg: From `train.config.build`.
       workdir: Folder of the job.
     """
-    return _TASKS[cfg.task](cfg, workdir)
+    # Only the module that is needed: reasoning-gym takes seconds to import.
+    job: Job = importlib.import_module(f"train.{cfg.task}").run(cfg, workdir)
+    return job
