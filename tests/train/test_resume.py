@@ -15,12 +15,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Each program is compiled once for all runs, and quickly: what is tested is the resume.
-QUICK = {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
+# Each program is compiled once for all runs.
+QUICK = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 MODEL = {
     "num_layers": 2,
     "layer_types": ("lightning", "softmax"),
