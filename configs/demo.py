@@ -1,6 +1,6 @@
 """A tiny M1 finds out that thinking before answering pays.
 
-Two jobs on sums of three or four numbers from reasoning-gym's `chain_sum`:
+Two jobs on sums of four numbers from reasoning-gym's `chain_sum`:
 
     python -m train --config=configs/demo.py:sft --workdir=runs/demo/sft
     python -m train --config=configs/demo.py:cispo --workdir=runs/demo/cispo
@@ -52,7 +52,7 @@ def get_config(stage: str = "cispo") -> ConfigDict:
             "samples_per_prompt": 16,
             "updates_per_batch": 2,
             "max_prompt_tokens": 24,
-            "max_new_tokens": 34,
+            "max_new_tokens": 36,
             "eval_problems": 512,
             "eval_every": 10,
         }
@@ -60,12 +60,12 @@ def get_config(stage: str = "cispo") -> ConfigDict:
     config.optimizer = ConfigDict({"weight_decay": 0.01, "decay": "cosine"})
     config.checkpoint = ConfigDict({"every": 100, "export": "hf"})
     if stage == "sft":
-        config.steps = 1200
+        config.steps = 2000
         config.log_every = 50
         config.optimizer.learning_rate = 4e-3
         config.optimizer.warmup_steps = 20
     else:
-        config.steps = 45
+        config.steps = 50
         config.init_from = "runs/demo/sft/model"
         config.optimizer.learning_rate = 2e-4
         config.optimizer.warmup_steps = 4

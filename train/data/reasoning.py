@@ -133,7 +133,7 @@ def _think_chain(question: str) -> str:
 TASKS: dict[str, _Task] = {
     "chain_sum": _Task(
         "chain_sum",
-        {"min_terms": 3, "max_terms": 4, "min_digits": 1, "max_digits": 1},
+        {"min_terms": 4, "max_terms": 4, "min_digits": 1, "max_digits": 1},
         _think_chain,
     ),
 }

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from mmjax.tokenizer import BOS, EOS, Tokenizer
 
@@ -18,10 +18,11 @@ SPECIAL = (BOS, EOS, "<think>", "</think>")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE, digits one by one, thinking marks as single tokens.
+    """Byte-level BPE, digits and their signs one by one, thinking marks as single tokens.
 
     Unlike M1's, merges may cross word borders, so that the fixed phrases of a small task become
-    single tokens.
+    single tokens. A sign that merges with what stands before it would give one number two
+    spellings, "=-" "3" and "\\n-" "3", and make it hard to copy.
 
     Args:
       texts: What it is to encode.
@@ -30,7 +31,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.Split(Regex("[0-9]|-(?=[0-9])"), "isolated"),
             pre_tokenizers.ByteLevel(False, use_regex=False),
         ]
     )
