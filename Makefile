@@ -4,9 +4,10 @@
 PYTHONS := python3 python3.14 python3.13 python3.12
 BIN := .venv/bin
 SEED := 0
+GPU_PYTHON := python3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types wheel-check clean
+.PHONY: help demo test gpu-test lint types wheel-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -16,6 +17,10 @@ demo: .venv/.stamp ## Train and reinforce a tiny M1 into runs/demo-SEED (make de
 
 test: .venv/.stamp ## Run the tests (CPU)
 	$(BIN)/python -m pytest -n 2 --dist loadscope tests
+
+# With the machine's own Python, which has a JAX for its GPU; pytest-xdist shares the compiling.
+gpu-test: ## Run the kernels' tests on a Hopper GPU (make gpu-test GPU_PYTHON=python3)
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(GPU_PYTHON) -m pytest -p no:benchmark -n 8 tests/gpu
 
 lint: .venv/.stamp ## Check style and formatting with ruff
 	$(BIN)/ruff check .
@@ -44,4 +49,10 @@ clean: ## Remove .venv, build output and caches (runs/ stays)
 	exit 1
 	$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check \
 	  -c constraints.txt -e '.[train,test,dev]'
+	@# Compiles for TPUs in tests/tpu_aot. Apart, because JAX would take any process that can import
+	@# it for one on a TPU; it exists for x86-64 Linux alone.
+	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then \
+	  $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --no-deps \
+	    -c constraints.txt --target .venv/libtpu libtpu; \
+	fi
 	@touch $@

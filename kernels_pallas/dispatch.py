@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
 
 NAMES = ("reference", "chunked", "mosaic_tpu", "mosaic_gpu")
 
@@ -11,27 +14,80 @@ class UnavailableError(ValueError):
     """A named implementation cannot run here; the message says why and what can."""
 
 
+class Target(NamedTuple):
+    """The device that a computation is for.
+
+    platform: "cpu", "gpu", "tpu", …; kind: as the device calls itself; cores: multiprocessors of
+    a GPU, else 1.
+    """
+
+    platform: str
+    kind: str
+    cores: int
+
+    def why_not_tpu(self) -> str | None:
+        """Why Mosaic TPU kernels cannot run on it; None where they can."""
+        return None if self.platform == "tpu" else f"it needs a TPU; the arrays are on {self}"
+
+    def why_not_hopper(self) -> str | None:
+        """Why kernels for Hopper cannot run on it; None where they can."""
+        hopper = self.platform == "gpu" and any(
+            name in self.kind for name in ("H100", "H200", "H800", "H20", "GH200")
+        )
+        return None if hopper else f"it needs a Hopper GPU; the arrays are on {self}"
+
+    def __str__(self) -> str:
+        return f"{self.platform} ({self.kind})"
+
+
+class Candidate[F: Callable[..., object]](NamedTuple):
+    """An implementation; why_not says why it cannot run, None where it can."""
+
+    run: F
+    why_not: str | None = None
+
+
+def target(*arrays: jax.Array | None) -> Target:
+    """The device of the arrays; for traced ones that of the mesh in context, else the default."""
+    for x in arrays:
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+            return _describe(next(iter(x.devices())))
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        platform = "tpu" if described.device_kind.startswith("TPU") else described.platform
+        return Target(platform or "gpu", described.device_kind, described.num_cores or 1)
+    default = jax.config.jax_default_device
+    return _describe(default if isinstance(default, jax.Device) else jax.local_devices()[0])
+
+
+def _describe(device: jax.Device) -> Target:
+    return Target(device.platform, device.device_kind, getattr(device, "core_count", None) or 1)
+
+
 def resolve[F: Callable[..., object]](
-    op: str, implementation: str | None, available: Mapping[str, F]
+    op: str, implementation: str | None, candidates: Mapping[str, Candidate[F]]
 ) -> F:
     """Returns the function to run for `op`.
 
     Args:
       op: Name of the op, for the message.
-      implementation: One of `NAMES`, or None for the best one.
-      available: The implementations that exist for this op, best first.
+      implementation: One of `NAMES`, or None for the first that can run.
+      candidates: The implementations of this op, best first.
 
     Raises:
-      UnavailableError: The name is unknown, or this op has no such implementation.
-        Nothing is ever replaced silently.
+      UnavailableError: The name is unknown, or its implementation cannot run here. Nothing is
+        ever replaced silently.
     """
+    able = [name for name, candidate in candidates.items() if candidate.why_not is None]
     if implementation is None:
-        return next(iter(available.values()))
-    if implementation in available:
-        return available[implementation]
-    known = ", ".join(available)
-    if implementation in NAMES:
+        return candidates[able[0]].run
+    known = ", ".join(able)
+    if implementation not in candidates:
+        what = "has no" if implementation in NAMES else "does not know the implementation"
+        raise UnavailableError(f"{op} {what} {implementation!r}; available: {known}")
+    candidate = candidates[implementation]
+    if candidate.why_not is not None:
         raise UnavailableError(
-            f"{op} has no {implementation!r} kernel in this release; available: {known}"
+            f"{op}: {implementation!r} cannot run: {candidate.why_not}; available: {known}"
         )
-    raise UnavailableError(f"{op}: unknown implementation {implementation!r}; available: {known}")
+    return candidate.run

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas import dispatch
+from kernels_pallas.dispatch import Candidate
 from kernels_pallas.grouped_matmul.chunked import grouped_matmul_chunked
 from kernels_pallas.grouped_matmul.reference import grouped_matmul_reference
 
-_IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
-    "chunked": grouped_matmul_chunked,
-    "reference": grouped_matmul_reference,
+_IMPLEMENTATIONS: dict[str, Candidate[Callable[..., Array]]] = {
+    "chunked": Candidate(grouped_matmul_chunked),
+    "reference": Candidate(grouped_matmul_reference),
 }
 
 

@@ -1,6 +1,7 @@
 """One suite for every implementation of lightning attention, against the float64 recurrence."""
 
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,9 @@ from kernels_pallas.testing import assert_close, lightning_inputs, lightning_ora
 
 # The largest and the smallest rate of the released model (80 layers, 64 heads), and one between.
 DECAY = (0.9170132, 0.01, 3.90625e-8)
-LENGTHS = (1, 63, 64, 65, 200)
+LENGTHS = (1, 63, 64, 65, 255, 256, 500, 1000, 2048)
+# Largest ‖actual - float64‖ / ‖float64‖.
+RELATIVE_ERROR = {"bfloat16": 5e-3, "float32": 2e-5}
 
 
 def _packed(*rows):
@@ -73,6 +76,8 @@ class Suite:
         terms = inputs.q.shape[1] * max(inputs.q.shape[-1], inputs.v.shape[-1])
         for name, got, want in zip(expected._fields, actual, expected, strict=True):
             assert_close(got, want, dtype, terms, name)
+            error = np.linalg.norm(np.asarray(got, np.float64) - want)
+            assert error <= RELATIVE_ERROR[dtype] * np.linalg.norm(want), name
         assert [x.dtype for x in actual] == [
             *(inputs.v.dtype, jnp.float32, inputs.q.dtype, inputs.k.dtype, inputs.v.dtype),
             jnp.float32,
@@ -92,6 +97,23 @@ class Suite:
 
     def test_values_wider_than_keys(self):
         self.check(lightning_inputs(4, length=65, decay=DECAY, key_dim=8, value_dim=40))
+
+    def test_one_head(self):
+        self.check(lightning_inputs(10, length=130, decay=DECAY[:1]))
+
+    def test_same_bits_again(self):
+        inputs = lightning_inputs(11, length=130, decay=DECAY, dtype="bfloat16")
+        run = _program(self.implementation)
+        for first, again in zip(run(*inputs), run(*inputs), strict=True):
+            np.testing.assert_array_equal(first, again)
+
+    def test_a_row_does_not_depend_on_its_batch(self):
+        inputs = lightning_inputs(11, length=130, decay=DECAY, dtype="bfloat16")
+        rows = {n: x for n, x in inputs._asdict().items() if n not in ("decay", "segment_ids")}
+        run = _program(self.implementation)
+        alone = run(*inputs._replace(**{name: x[:1] for name, x in rows.items()}))
+        for together, one in zip(run(*inputs), alone, strict=True):
+            np.testing.assert_array_equal(together[:1], one)
 
     def test_no_decay(self):
         self.check(lightning_inputs(5, length=65, decay=(0.0, 0.0, 0.0)))
@@ -123,28 +145,72 @@ class Suite:
 
 class TestReference(Suite):
     implementation = "reference"
+    # XLA cuts its one large product differently for another batch.
+    test_a_row_does_not_depend_on_its_batch = None
 
 
 class TestChunked(Suite):
     implementation = "chunked"
 
 
-def test_step_is_one_token():
-    inputs = lightning_inputs(1, length=1, decay=DECAY)
-    first = (jnp.asarray(x[:, 0]) for x in (inputs.q, inputs.k, inputs.v))
-    rest = map(jnp.asarray, (inputs.decay, inputs.initial_state))
-    out, state = lightning_attention_step(*first, *rest)
-    expected = lightning_oracle(inputs)
-    assert_close(out, expected.out[:, 0], "float32", 24)
-    assert_close(state, expected.state, "float32", 1)
+class StepSuite:
+    """What every implementation of one step has to do."""
+
+    implementation: str
+    dims: ClassVar = {"key_dim": 24, "value_dim": 16}
+
+    def run(self, inputs, slots=None, pool=None):
+        first = (jnp.asarray(x[:, 0]) for x in (inputs.q, inputs.k, inputs.v))
+        state = inputs.initial_state if pool is None else pool
+        return jax.jit(
+            functools.partial(lightning_attention_step, implementation=self.implementation)
+        )(*first, jnp.asarray(inputs.decay), jnp.asarray(state), slots=slots)
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_one_token(self, dtype):
+        inputs = lightning_inputs(1, length=1, decay=DECAY, dtype=dtype, **self.dims)
+        out, state = self.run(inputs)
+        expected = lightning_oracle(inputs)
+        assert out.dtype == dtype
+        assert_close(out, expected.out[:, 0], dtype, self.dims["key_dim"])
+        assert_close(state, expected.state, "float32", 1)
+
+    def test_slots(self):
+        inputs = lightning_inputs(2, batch=4, length=1, decay=DECAY, **self.dims)
+        slots = np.array([5, -1, 0, 2], np.int32)
+        pool = np.random.default_rng(0).standard_normal((7, *inputs.initial_state.shape[1:]))
+        pool = pool.astype(np.float32)
+        active = slots >= 0
+        pool[slots[active]] = inputs.initial_state[active]
+        out, after = self.run(inputs, jnp.asarray(slots), pool)
+        expected = lightning_oracle(inputs)
+        assert_close(out, np.where(active[:, None, None], expected.out[:, 0], 0), "float32", 24)
+        assert_close(after[slots[active]], expected.state[active], "float32", 1)
+        untouched = sorted(set(range(7)) - set(slots))
+        np.testing.assert_array_equal(after[np.array(untouched)], pool[untouched])
+
+    def test_all_idle(self):
+        inputs = lightning_inputs(3, length=1, decay=DECAY, **self.dims)
+        out, after = self.run(inputs, jnp.array([-1, -1], jnp.int32))
+        np.testing.assert_array_equal(out, np.zeros_like(out))
+        np.testing.assert_array_equal(after, inputs.initial_state)
 
 
-@pytest.mark.parametrize("implementation", ["mosaic_gpu", "mosaic_tpu", "Chunked"])
-def test_implementation_that_cannot_run(implementation):
+class TestStepXla(StepSuite):
+    implementation = "chunked"
+
+
+@pytest.mark.parametrize(
+    ("implementation", "reason"),
+    [
+        ("mosaic_gpu", "'mosaic_gpu' cannot run: it needs a Hopper GPU; the arrays are on cpu"),
+        ("mosaic_tpu", "'mosaic_tpu' cannot run: it needs a TPU; the arrays are on cpu"),
+        ("Chunked", "does not know the implementation 'Chunked'"),
+    ],
+)
+def test_implementation_that_cannot_run(implementation, reason):
     inputs = lightning_inputs(1, length=1, decay=DECAY)
-    with pytest.raises(
-        UnavailableError, match=r"lightning_attention.*available: chunked, reference"
-    ):
+    with pytest.raises(UnavailableError, match=rf"{reason}.*; available: chunked, reference"):
         _attend(inputs, implementation=implementation)
 
 
@@ -152,3 +218,15 @@ def test_no_tokens():
     inputs = lightning_inputs(1, length=0, decay=DECAY)
     with pytest.raises(ValueError, match="at least one token; got T = 0"):
         _attend(inputs)
+
+
+def test_step_with_a_state_of_another_shape():
+    inputs = lightning_inputs(1, length=1, decay=DECAY)
+    with pytest.raises(
+        ValueError, match=r"state has shape \(1, 3, 24, 16\), expected \(2, 3, 24, 16\)"
+    ):
+        lightning_attention_step(
+            *(jnp.asarray(x[:, 0]) for x in (inputs.q, inputs.k, inputs.v)),
+            jnp.asarray(inputs.decay),
+            jnp.asarray(inputs.initial_state[:1]),
+        )
