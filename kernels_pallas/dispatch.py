@@ -18,23 +18,34 @@ class Target(NamedTuple):
     """The device that a computation is for.
 
     platform: "cpu", "gpu", "tpu", …; kind: as the device calls itself; cores: multiprocessors of
-    a GPU, else 1.
+    a GPU, else 1; spread: the arrays may lie on several devices, as XLA sees fit.
     """
 
     platform: str
     kind: str
     cores: int
+    spread: bool = False
 
     def why_not_tpu(self) -> str | None:
         """Why Mosaic TPU kernels cannot run on it; None where they can."""
-        return None if self.platform == "tpu" else f"it needs a TPU; the arrays are on {self}"
+        if self.platform != "tpu":
+            return f"it needs a TPU; the arrays are on {self}"
+        return self._why_not_spread()
 
     def why_not_hopper(self) -> str | None:
         """Why kernels for Hopper cannot run on it; None where they can."""
         hopper = self.platform == "gpu" and any(
             name in self.kind for name in ("H100", "H200", "H800", "H20", "GH200")
         )
-        return None if hopper else f"it needs a Hopper GPU; the arrays are on {self}"
+        return (
+            self._why_not_spread() if hopper else f"it needs a Hopper GPU; the arrays are on {self}"
+        )
+
+    def _why_not_spread(self) -> str | None:
+        # XLA does not know how to cut a kernel: it refuses on TPU, and gathers the arrays on GPU.
+        return (
+            "the arrays are spread over a mesh; call it in jax.shard_map" if self.spread else None
+        )
 
     def __str__(self) -> str:
         return f"{self.platform} ({self.kind})"
@@ -51,11 +62,13 @@ def target(*arrays: jax.Array | None) -> Target:
     """The device of the arrays; for traced ones that of the mesh in context, else the default."""
     for x in arrays:
         if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
-            return _describe(next(iter(x.devices())))
-    described = jax.sharding.get_abstract_mesh().abstract_device
+            return _describe(next(iter(x.devices())))._replace(spread=len(x.devices()) > 1)
+    mesh = jax.sharding.get_abstract_mesh()
+    described = mesh.abstract_device
     if described is not None:
         platform = "tpu" if described.device_kind.startswith("TPU") else described.platform
-        return Target(platform or "gpu", described.device_kind, described.num_cores or 1)
+        spread = any(n > 1 for name, n in mesh.shape.items() if name not in mesh.manual_axes)
+        return Target(platform, described.device_kind, described.num_cores or 1, spread)
     default = jax.config.jax_default_device
     return _describe(default if isinstance(default, jax.Device) else jax.local_devices()[0])
 
