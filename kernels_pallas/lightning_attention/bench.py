@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import importlib.util
 import os
 import sys
@@ -205,15 +206,11 @@ class _Peer(NamedTuple):
     def find(cls) -> _Peer | None:
         if not (importlib.util.find_spec("torch") and importlib.util.find_spec("fla")):
             return None
-        import fla  # type: ignore[import-not-found]
-        import torch  # type: ignore[import-not-found]
-        from fla.ops.simple_gla import (  # type: ignore[import-not-found]
-            chunk_simple_gla,
-            fused_recurrent_simple_gla,
-        )
-
+        # By name: no package here depends on them.
+        torch, fla = importlib.import_module("torch"), importlib.import_module("fla")
+        ops = importlib.import_module("fla.ops.simple_gla")
         version = f"fla {fla.__version__} on torch {torch.__version__}"
-        return cls(version, torch, chunk_simple_gla, fused_recurrent_simple_gla)
+        return cls(version, torch, ops.chunk_simple_gla, ops.fused_recurrent_simple_gla)
 
     def attention(
         self, shape: Shape, rates: list[float], backward: bool, documents: int | None
