@@ -22,7 +22,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Unlike M1's, merges may cross word borders, so that the fixed phrases of a small task become
     single tokens. A sign that merges with what stands before it would give one number two
-    spellings, "=-" "3" and "\\n-" "3", and make it hard to copy.
+    spellings, "=-" "3" after a sum and "-" "3" on its own, and make it hard to copy.
 
     Args:
       texts: What it is to encode.
