@@ -22,7 +22,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kernels_pallas.lightning_attention.clock import (
     Clock,
@@ -31,13 +30,12 @@ from kernels_pallas.lightning_attention.clock import (
     read_clock,
     unpacked_weights,
 )
+from kernels_pallas.lightning_attention.vjp import Arguments, Cotangents, keep_inputs, of_inputs
 from kernels_pallas.numerics import einsum32
 
 CHUNK = 64
 
 type _Arrays = tuple[jax.Array, ...]
-# q, k, v, decay, segment_ids (or None), initial_state.
-type _Arguments = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array]
 type _ClockChunk = tuple[Clock, jax.Array, jax.Array]
 type _Body = Callable[[jax.Array, Weights, _Arrays], tuple[jax.Array, _Arrays]]
 
@@ -67,22 +65,8 @@ def lightning_attention_chunked(
     return out, state
 
 
-def _forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    decay: jax.Array,
-    segment_ids: jax.Array | None,
-    initial_state: jax.Array,
-) -> tuple[tuple[jax.Array, jax.Array], _Arguments]:
-    args = (q, k, v, decay, segment_ids, initial_state)
-    return lightning_attention_chunked(*args), args
-
-
-def _backward(
-    residuals: _Arguments, cotangents: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array | np.ndarray | None, ...]:
-    q, k, v, decay, segment_ids, initial_state = residuals
+def _backward(args: Arguments, cotangents: tuple[jax.Array, jax.Array]) -> Cotangents:
+    q, k, v, decay, segment_ids, initial_state = args
     d_out, d_state = cotangents
     dot = partial(einsum32, dtype=v.dtype)
 
@@ -112,11 +96,10 @@ def _backward(
     d_initial, (d_k, d_v) = _over_chunks(
         keys, d_state, (q, k, v, d_out), decay, segment_ids, reverse=True
     )
-    d_segments = None if segment_ids is None else np.zeros(segment_ids.shape, jax.dtypes.float0)
-    return d_q, d_k, d_v, jnp.zeros_like(decay), d_segments, d_initial
+    return of_inputs(args, d_q, d_k, d_v, d_initial)
 
 
-lightning_attention_chunked.defvjp(_forward, _backward)
+lightning_attention_chunked.defvjp(keep_inputs(lightning_attention_chunked), _backward)
 
 
 def _over_chunks(

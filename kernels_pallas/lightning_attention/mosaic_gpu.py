@@ -25,7 +25,6 @@ product of two such sums keeps the six pairs above 2⁻²⁴: true float32, at a
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -36,28 +35,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.hopper import COLUMN, LOG2E, MATRIX, ROW, Ref, tiled
 from kernels_pallas.lightning_attention.clock import Clock, read_clock
+from kernels_pallas.lightning_attention.vjp import Arguments, Cotangents, keep_inputs, of_inputs
 
-type Ref = Any  # Pallas' references have no public type.
 type Barriers = Any
 type _Shaped = jax.Array | jax.ShapeDtypeStruct
 
-_LOG2E = math.log2(math.e)
-# A tile of shared memory that TMA writes and WGMMA reads has rows of 128 bytes.
+# Columns of bf16 in a tile of shared memory.
 _LANES = 64
-
-
-def _tiled(lanes: int) -> tuple[Any, ...]:
-    # mypy takes these classes for abstract.
-    return (
-        plgpu.TilingTransform((8, lanes)),  # type: ignore[abstract]
-        plgpu.SwizzleTransform(128),  # type: ignore[abstract]
-    )
-
-
-_MATRIX = plgpu.Layout.WGMMA
-_ROW = plgpu.Layout.WGMMA.reduce(1)
-_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 # A multiprocessor has 512 registers for each thread of a warp group, in steps of 8.
 _LOADER_REGISTERS = 24
 _WORKER_REGISTERS = (512 - _LOADER_REGISTERS) // 2 // 8 * 8
@@ -127,38 +113,19 @@ def lightning_attention_mosaic_gpu(
     return _one_pass(q, k, v, decay, segment_ids, initial_state, blocks, reverse=False)
 
 
-# q, k, v, decay, segment_ids (or None), initial_state.
-type _Arguments = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array]
-
-
-def _forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    decay: jax.Array,
-    segment_ids: jax.Array | None,
-    initial_state: jax.Array,
-    blocks: Blocks,
-) -> tuple[tuple[jax.Array, jax.Array], _Arguments]:
-    args = (q, k, v, decay, segment_ids, initial_state)
-    return lightning_attention_mosaic_gpu(*args, blocks), args
-
-
 def _backward(
-    blocks: Blocks, residuals: _Arguments, cotangents: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array | np.ndarray | None, ...]:
-    q, k, v, decay, segments, initial_state = residuals
+    blocks: Blocks, args: Arguments, cotangents: tuple[jax.Array, jax.Array]
+) -> Cotangents:
+    q, k, v, decay, segments, initial_state = args
     d_out, d_state = cotangents
     transposed, d_transposed = initial_state.swapaxes(-1, -2), d_state.swapaxes(-1, -2)
     d_q, _ = _one_pass(d_out, v, k, decay, segments, transposed, blocks, reverse=False)
     d_k, _ = _one_pass(v, d_out, q, decay, segments, d_transposed, blocks, reverse=True)
     d_v, d_initial = _one_pass(k, q, d_out, decay, segments, d_state, blocks, reverse=True)
-    d_segments = None if segments is None else np.zeros(segments.shape, jax.dtypes.float0)
-    d_q, d_k, d_v = d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
-    return d_q, d_k, d_v, jnp.zeros_like(decay), d_segments, d_initial
+    return of_inputs(args, d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), d_initial)
 
 
-lightning_attention_mosaic_gpu.defvjp(_forward, _backward)
+lightning_attention_mosaic_gpu.defvjp(keep_inputs(lightning_attention_mosaic_gpu), _backward)
 
 
 def _one_pass(
@@ -198,7 +165,7 @@ def _one_pass(
         missing = chunks * blocks.chunk - length
         clock = read_clock(jnp.pad(segment_ids, ((0, 0), (0, missing))))
     steps = _step_table(plan, clock)
-    rate = decay * _LOG2E
+    rate = decay * LOG2E
     starts = state[:, None]
     if plan.stretches > 1:
         # Half a stretch a block of threads: two such blocks share a multiprocessor.
@@ -479,9 +446,9 @@ def _advance(
     `meanwhile` runs while the tensor cores work.
     """
     parts = range(v_tile.shape[1])
-    loaded = [plgpu.load(v_tile.at[stage, part], layout=_MATRIX) for part in parts]
+    loaded = [plgpu.load(v_tile.at[stage, part], layout=MATRIX) for part in parts]
     v = functools.reduce(jnp.add, (x.astype(jnp.float32) for x in loaded))
-    weights = _decayed(rate, _steps(stream, stage, _LEAVING, _ROW))
+    weights = _decayed(rate, _steps(stream, stage, _LEAVING, ROW))
     for part, x in enumerate(_split(v * _along(weights, v.shape, 0), len(parts))):
         values_smem.at[part][...] = x
     plgpu.commit_smem()
@@ -501,7 +468,7 @@ class _Within(NamedTuple):
     def _mask(self) -> tuple[jax.Array, jax.Array]:
         """Pairs that see each other, and steps between them, if the chunk is whole."""
         shape = (self.plan.blocks.chunk,) * 2
-        i, j = (plgpu.broadcasted_iota(jnp.int32, shape, a, layout=_MATRIX) for a in (0, 1))
+        i, j = (plgpu.broadcasted_iota(jnp.int32, shape, a, layout=MATRIX) for a in (0, 1))
         gap = j - i if self.plan.reverse else i - j
         return gap >= 0, gap.astype(jnp.float32)
 
@@ -514,7 +481,7 @@ class _Within(NamedTuple):
         def pair(row: int) -> list[jax.Array]:
             return [
                 _along(_steps(stream, stage, row, layout), causal.shape, axis)
-                for axis, layout in enumerate((_ROW, _COLUMN))
+                for axis, layout in enumerate((ROW, COLUMN))
             ]
 
         (place_i, place_j), (run_i, run_j) = pair(_PLACE), pair(_RUN)
@@ -573,7 +540,7 @@ def _attend(
                 state = [state_smem.at[part] for part in range(parts)]
                 out = _dot((size, value), queries, state)
                 plgpu.barrier_arrive(state_free)
-                entering = _decayed(rate, _steps(stream, stage, _ENTERING, _ROW))
+                entering = _decayed(rate, _steps(stream, stage, _ENTERING, ROW))
                 out = out * _along(entering, out.shape, 0) + _dot((size, value), attention, values)
                 plgpu.barrier_arrive(consumed.at[stage])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -606,7 +573,7 @@ def _attend(
                 return state
 
             start = starts_ref.at[share.batch, stretch, share.head, :, share.columns]
-            state = plgpu.load(start, layout=_MATRIX, optimized=False)
+            state = plgpu.load(start, layout=MATRIX, optimized=False)
             state = lax.fori_loop(0, share.chunks, carry, state)
 
             @pl.when(stretch == (0 if plan.reverse else plan.stretches - 1))
@@ -633,9 +600,7 @@ def _attend(
             plgpu.SMEM((stages, 5, size), jnp.float32),
             _tiles(parts, size, value),
             _tiles(parts, key_dim, value),
-            plgpu.SMEM(
-                (size, value), out_dtype, transforms=_tiled(_LANES if parts == 1 else _LANES // 2)
-            ),
+            plgpu.SMEM((size, value), out_dtype, transforms=tiled(jnp.dtype(out_dtype).itemsize)),
             plgpu.Barrier(num_arrivals=3 * parts + 1, num_barriers=stages),
             plgpu.ClusterBarrier(collective_axes=("columns",), num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(),
@@ -687,7 +652,7 @@ def _added_states(
                 plgpu.barrier_arrive(consumed.at[stage])
                 return state
 
-            zeros = plgpu.layout_cast(jnp.zeros((key_dim, value), jnp.float32), _MATRIX)
+            zeros = plgpu.layout_cast(jnp.zeros((key_dim, value), jnp.float32), MATRIX)
             state = lax.fori_loop(0, share.chunks, carry, zeros)
             added_ref[index, share.batch, share.head, :, share.columns] = state
 
@@ -720,4 +685,4 @@ def _added_states(
 
 
 def _tiles(*shape: int) -> Any:
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=_tiled(_LANES))
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=tiled(2))

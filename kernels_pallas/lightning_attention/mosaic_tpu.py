@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.lightning_attention.clock import Weights
+from kernels_pallas.lightning_attention.vjp import Arguments, Cotangents, keep_inputs, of_inputs
 from kernels_pallas.numerics import einsum32
 
 _LANES = 128
@@ -37,7 +37,6 @@ _VMEM_IN_FLIGHT = 6 * 2**20
 
 type _Arrays = tuple[jax.Array, ...]
 type _Shaped = jax.Array | jax.ShapeDtypeStruct
-type _Arguments = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array]
 
 
 class Blocks(NamedTuple):
@@ -129,34 +128,20 @@ def lightning_attention_mosaic_tpu(
     return out, state
 
 
-def _forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    decay: jax.Array,
-    segment_ids: jax.Array | None,
-    initial_state: jax.Array,
-    blocks: Blocks | None,
-) -> tuple[tuple[jax.Array, jax.Array], _Arguments]:
-    args = (q, k, v, decay, segment_ids, initial_state)
-    return lightning_attention_mosaic_tpu(*args, blocks), args
-
-
 def _backward(
-    blocks: Blocks | None, residuals: _Arguments, cotangents: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array | np.ndarray | None, ...]:
-    q, k, v, decay, segment_ids, initial_state = residuals
+    blocks: Blocks | None, args: Arguments, cotangents: tuple[jax.Array, jax.Array]
+) -> Cotangents:
+    q, k, v, decay, segment_ids, initial_state = args
     d_out, d_state = cotangents
     *_, chunk, heads = _checked(blocks, q, v)
     _, (d_q,) = _run(_QUERIES, initial_state, (k, v, d_out), decay, segment_ids, (q,), chunk, heads)
     d_initial, (d_k, d_v) = _run(
         _KEYS, d_state, (q, k, v, d_out), decay, segment_ids, (k, v), chunk, heads
     )
-    d_segments = None if segment_ids is None else np.zeros(segment_ids.shape, jax.dtypes.float0)
-    return d_q, d_k, d_v, jnp.zeros_like(decay), d_segments, d_initial
+    return of_inputs(args, d_q, d_k, d_v, d_initial)
 
 
-lightning_attention_mosaic_tpu.defvjp(_forward, _backward)
+lightning_attention_mosaic_tpu.defvjp(keep_inputs(lightning_attention_mosaic_tpu), _backward)
 
 
 def _checked(blocks: Blocks | None, q: jax.Array, v: jax.Array) -> Blocks:

@@ -8,7 +8,6 @@ once.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -17,18 +16,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-type Ref = Any  # Pallas' references have no public type.
+from kernels_pallas.hopper import COLUMN, LOG2E, MATRIX, ROW, Ref, tiled
 
-_LOG2E = math.log2(math.e)
 _PART = 64  # Rows of the state that are brought at a time, the least that a warp group holds.
 _COLUMNS = 64  # Columns of the state a block of threads: six such blocks share a multiprocessor.
-_LANES = 32  # Elements of float32 in a row of 128 bytes.
-_TRANSFORMS = (
-    plgpu.TilingTransform((8, _LANES)),  # type: ignore[abstract]
-    plgpu.SwizzleTransform(128),  # type: ignore[abstract]
-)
-_ROW = plgpu.Layout.WGMMA.reduce(1)
-_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
 def why_not(key_dim: int, value_dim: int) -> str | None:
@@ -72,7 +63,7 @@ def lightning_attention_step_mosaic_gpu(
     def body(*refs: Ref) -> None:
         pl.run_scoped(
             functools.partial(_step, *refs),
-            plgpu.SMEM((key_dim // _PART, _PART, _COLUMNS), jnp.float32, transforms=_TRANSFORMS),
+            plgpu.SMEM((key_dim // _PART, _PART, _COLUMNS), jnp.float32, transforms=tiled(4)),
             plgpu.SMEM((_COLUMNS,), v.dtype),
             plgpu.Barrier(num_arrivals=1, num_barriers=key_dim // _PART),
             collective_axes="warp_group",
@@ -114,7 +105,7 @@ def _step(
         plgpu.copy_smem_to_gmem(out_smem, out_ref.at[row, head, columns])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    zeros = plgpu.layout_cast(jnp.zeros((size,), jnp.float32), _COLUMN)
+    zeros = plgpu.layout_cast(jnp.zeros((size,), jnp.float32), COLUMN)
     pl.when(slot < 0)(lambda: write(zeros))
 
     @pl.when(slot >= 0)
@@ -124,20 +115,20 @@ def _step(
 
         for part in range(parts):
             plgpu.copy_gmem_to_smem(rows(part), parts_smem.at[part], loaded.at[part])
-        keep = jnp.exp2(-_LOG2E * decay_ref[head])
+        keep = jnp.exp2(-LOG2E * decay_ref[head])
 
         def vector(ref: Ref, window: Any, layout: Any) -> jax.Array:
             x = plgpu.load(ref.at[row, head, window], layout=layout, optimized=False)
             return x.astype(jnp.float32)
 
-        v = vector(v_ref, columns, _COLUMN)
+        v = vector(v_ref, columns, COLUMN)
         shape = (_PART, size)
         out = zeros
         for part in range(parts):
             window = pl.ds(part * _PART, _PART)
-            q, k = vector(q_ref, window, _ROW), vector(k_ref, window, _ROW)
+            q, k = vector(q_ref, window, ROW), vector(k_ref, window, ROW)
             plgpu.barrier_wait(loaded.at[part])
-            state = plgpu.load(parts_smem.at[part], layout=plgpu.Layout.WGMMA)
+            state = plgpu.load(parts_smem.at[part], layout=MATRIX)
             state = keep * state + lax.broadcast_in_dim(k, shape, [0]) * lax.broadcast_in_dim(
                 v, shape, [1]
             )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import dispatch, lightning_attention, lightning_attention_step, tuning
+from kernels_pallas.hopper import LOG2E
 from kernels_pallas.lightning_attention import mosaic_gpu
 from kernels_pallas.lightning_attention.clock import read_clock
 from kernels_pallas.testing import lightning_inputs, lightning_oracle
@@ -115,7 +116,7 @@ def test_each_stretch_starts_from_the_state_before_it(packed, reverse):
         sweep(first, last, np.zeros_like(state))
         for first, last in (parts[1:] if reverse else parts[:-1])
     ]
-    rate = jnp.asarray(inputs.decay) * mosaic_gpu._LOG2E
+    rate = jnp.asarray(inputs.decay) * LOG2E
     added = jnp.asarray(np.stack(added), jnp.float32)
     got = mosaic_gpu._starts(whole, pieces, added, jnp.asarray(state), rate, clock)
     for i in range(whole.stretches):
