@@ -85,7 +85,9 @@ def chunk_weights(
 
     # Masked pairs can have negative distances; clamped, their exponent stays <= 0.
     distance = jnp.maximum(count[:, :, None] - count[:, None, :], 0).reshape(-1, size * size)
-    within = weight(distance, same.reshape(-1, size * size))
+    # Behind the barrier XLA would work out the distances again for every head.
+    distance, same = jax.lax.optimization_barrier((distance, same.reshape(-1, size * size)))
+    within = weight(distance, same)
     return Weights(
         within=within.reshape(*within.shape[:2], size, size),
         entering=weight(count - count_before[:, None], real & (run == run_before[:, None])),

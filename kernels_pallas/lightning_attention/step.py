@@ -30,6 +30,9 @@ def _advance(
 ) -> tuple[jax.Array, jax.Array]:
     kv = k.astype(jnp.float32)[..., :, None] * v.astype(jnp.float32)[..., None, :]
     state = jnp.exp(-decay)[None, :, None, None] * state + kv
+    # Without the barrier the output is worked out from the old state once more, which then cannot
+    # be updated in place.
+    state = jax.lax.optimization_barrier(state)
     # A product and a sum instead of a dot: one row a head is a matrix-vector product, which
     # this form fuses with the update above into one pass over the state.
     return jnp.sum(q.astype(jnp.float32)[..., :, None] * state, axis=-2), state

@@ -57,7 +57,9 @@ def sample(
     if params.temperature == 0:
         token = jnp.argmax(logits, axis=-1)
     else:
-        token = jax.vmap(jax.random.categorical)(keys, _filtered(logp, params))
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logp.shape[1:]))(keys)
+        # Fused into the search for the largest, XLA draws the noise one number at a time on CPUs.
+        token = jnp.argmax(_filtered(logp, params) + jax.lax.optimization_barrier(noise), axis=-1)
     token = token.astype(jnp.int32)
     return token, jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
 

@@ -80,7 +80,10 @@ class Block(nnx.Module):
             state = None if cache is None else cache.state[index.place]
             out, state = layer(x, index.decay, segment_ids=ctx.segment_ids, state=state)
             if cache is not None:
-                cache = cache._replace(state=cache.state.at[index.place].set(state))
+                # Behind the barrier XLA would read other layers' states from before this update,
+                # and copy them all to keep them.
+                states = jax.lax.optimization_barrier(cache.state.at[index.place].set(state))
+                cache = cache._replace(state=states)
             return out, cache
         if cache is None:
             return layer(x, ctx.angles, segment_ids=ctx.segment_ids), None

@@ -66,5 +66,30 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Returns:
       [..., prod(out)] in x.dtype.
     """
-    flat = kernel.reshape(x.shape[-1], -1)
-    return einsum32("...d,df->...f", x, flat, x.dtype).astype(x.dtype)
+    return _matmul(x, kernel.reshape(x.shape[-1], -1))
+
+
+@jax.custom_vjp
+def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return einsum32("...d,df->...f", x, kernel, x.dtype).astype(x.dtype)
+
+
+def _matmul_forward(
+    x: jax.Array, kernel: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _matmul(x, kernel), (x, kernel)
+
+
+def _matmul_backward(
+    residuals: tuple[jax.Array, jax.Array], d_out: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    # The products autodiff would make, but that of the kernel is asked for as [D, F]: as [F, D]
+    # it has XLA transpose d_out on CPUs, usually the wider of the two, and its result.
+    x, kernel = residuals
+    d_x = einsum32("...f,df->...d", d_out, kernel, x.dtype).astype(x.dtype)
+    rows, d_rows = x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
+    d_kernel = einsum32("nd,nf->df", rows, d_rows, x.dtype).astype(kernel.dtype)
+    return d_x, d_kernel
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
