@@ -16,6 +16,18 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Job: a file of configs/.", lock_config=False, accept_new_attributes=True
 )
 _GIN = flags.DEFINE_multi_string("gin_file", [], "gin overlay files, later ones win.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Ask the cluster (Slurm, Open MPI, Cloud TPU, Kubernetes) for the job's other processes.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of process 0 (or JAX_COORDINATOR_ADDRESS)."
+)
+_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Processes of the job (or JAX_NUM_PROCESSES)."
+)
+_PROCESS = flags.DEFINE_integer("process_id", None, "Of this process (or JAX_PROCESS_ID).")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics, export.")
 
 
@@ -66,6 +78,11 @@ def main(argv: list[str]) -> None:
         explicit = list(config_flags.get_override_values(flags.FLAGS["config"]))
         apply_gin(_CONFIG.value, _GIN.value, explicit)
         cfg = build(_CONFIG.value)
+        from train import distributed
+
+        distributed.join(
+            _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, detect=_DISTRIBUTED.value
+        )
         from train.tasks import run_task  # after the checks: it takes seconds
 
         job = run_task(cfg, Path(str(_WORKDIR.value)))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 
 from mmjax.config import ConfigError
+from train import distributed
 from train.config import CheckpointConfig
+from train.data.streams import Resumable
 from train.state import TrainState, from_flat, to_flat
 
 
@@ -30,18 +30,18 @@ class Checkpoints:
             ),
         )
 
-    def save(self, state: TrainState, data: grain.DatasetIterator[Any]) -> None:
+    def save(self, state: TrainState, data: Resumable) -> None:
         """Saves at the state's step, once; returns while the arrays are being written."""
         step = int(state.step)
         if step in self._manager.all_steps():
             return
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(to_flat(state)),
-            data=grain.checkpoint.CheckpointSave(data),
+            data=ocp.args.JsonSave(distributed.union(data.get_state())),
         )
         self._manager.save(step, args=items, force=True)
 
-    def restore(self, state: TrainState, data: grain.DatasetIterator[Any]) -> TrainState | None:
+    def restore(self, state: TrainState, data: Resumable) -> TrainState | None:
         """The latest checkpoint in the structure and sharding of `state`, None if there is none.
 
         The iterator is moved to its place in it.
@@ -55,14 +55,15 @@ class Checkpoints:
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, to_flat(state))
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(target),
-            data=grain.checkpoint.CheckpointRestore(data),
+            data=ocp.args.JsonRestore(),
         )
         try:
             restored = self._manager.restore(step, args=items)
+            data.set_state(restored["data"])
         except (ValueError, KeyError) as error:
             raise ConfigError(
                 f"checkpoint {step} in {self._manager.directory} does not fit this job "
-                f"(changed model or optimizer?): {error}"
+                f"(changed model, optimizer or data.streams?): {error}"
             ) from None
         return from_flat(state, restored["state"])
 

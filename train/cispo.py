@@ -19,6 +19,7 @@ from mmjax.model import Decoder
 from mmjax.tokenizer import Tokenizer
 from train.config import CispoConfig, JobConfig
 from train.data.reasoning import ReasoningProblems, split_problems
+from train.data.streams import Everywhere
 from train.job import Job, Scalars
 from train.losses import cispo_loss, group_advantages, token_logprobs
 from train.rollout import Rollouts, roll_out
@@ -50,6 +51,11 @@ def run(cfg: JobConfig, workdir: Path) -> Job:
       workdir: Folder of the job.
     """
     rl = cfg.cispo
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"cispo samples in one process, not in {jax.process_count()}; start one process that "
+            "has all devices"
+        )
     if not cfg.init_from:
         raise ConfigError("cispo starts from a fine-tuned model: set init_from to its folder")
     problems, held_out = split_problems(
@@ -57,7 +63,7 @@ def run(cfg: JobConfig, workdir: Path) -> Job:
     )
     tokenizer = job_tokenizer(cfg, workdir, ())
     job = Job(cfg, workdir, tokenizer, cfg.steps * rl.updates_per_batch)
-    data = _problem_indices(len(problems), rl.prompts_per_batch, cfg.seed)
+    data = Everywhere(_problem_indices(len(problems), rl.prompts_per_batch, cfg.seed))
     sampling = SamplingParams(rl.max_new_tokens, rl.temperature, eos_id=tokenizer.eos_id)
 
     def step(state: TrainState, indices: Any) -> tuple[TrainState, Scalars]:

@@ -62,6 +62,9 @@ class DataConfig:
         reinforcement has to find out which way pays.
       sequence_length: T, tokens a packed row.
       batch_size: B, packed rows an update.
+      streams: Independent streams that fill a batch, each with every S-th document and its share
+        of the rows. Processes share the reading of them; the batches do not depend on the number
+        of processes, but on this. A multiple of the processes leaves no document read twice.
       tokenizer: Folder with a tokenizer.json; empty for a character tokenizer made from the data.
     """
 
@@ -72,6 +75,7 @@ class DataConfig:
     direct_share: float = 0.0
     sequence_length: int = 256
     batch_size: int = 8
+    streams: int = 1
     tokenizer: str = ""
 
 
@@ -276,6 +280,7 @@ def _check(job: JobConfig) -> None:
         "steps": job.steps,
         "data.batch_size": job.data.batch_size,
         "data.sequence_length": job.data.sequence_length,
+        "data.streams": job.data.streams,
         "checkpoint.every": job.checkpoint.every,
         "checkpoint.keep": job.checkpoint.keep,
         "log_every": job.log_every,
@@ -298,6 +303,11 @@ def _check(job: JobConfig) -> None:
         problems.append(
             f"cispo.prompts_per_batch {groups} is no multiple of cispo.updates_per_batch "
             f"{updates}; an update takes whole groups"
+        )
+    if job.data.streams > 0 and job.data.batch_size % job.data.streams:
+        problems.append(
+            f"data.batch_size {job.data.batch_size} is no multiple of data.streams "
+            f"{job.data.streams}; every stream fills whole rows"
         )
     if job.data.source == "text" and job.task != "cispo" and not job.data.paths:
         problems.append("data.source is 'text' but data.paths is empty")

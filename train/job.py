@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from flax import nnx
@@ -21,8 +20,11 @@ from mmjax.config import ConfigError
 from mmjax.model import Decoder
 from mmjax.sharding import DEFAULT_RULES, make_mesh, param_shardings
 from mmjax.tokenizer import Tokenizer
+from train import distributed
 from train.checkpoint import Checkpoints
 from train.config import JobConfig
+from train.data.packing import Example, packed_batches
+from train.data.streams import Resumable, Streams
 from train.metrics import Metrics
 from train.optimizer import make_optimizer
 from train.state import TrainState, init_state
@@ -99,24 +101,50 @@ class Job:
         """The model with the parameters of the current state."""
         return nnx.merge(self.graphdef, self.state.params)
 
+    def packed_batches(self, examples: Sequence[Example]) -> Streams:
+        """The job's batches; of rows that lie on no device of this process, it reads none.
+
+        Raises:
+          ConfigError: the batch does not divide over the mesh.
+        """
+        data = self.cfg.data
+        self._check_rows(data.batch_size)
+        placed = self.batch_sharding.addressable_devices_indices_map((data.batch_size,))
+        every = np.arange(data.batch_size)
+        rows = np.unique(np.concatenate([every[index] for index in placed.values()]))
+        return packed_batches(
+            examples,
+            data.sequence_length,
+            data.batch_size,
+            self.cfg.seed,
+            streams=data.streams,
+            rows=rows,
+        )
+
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Places a batch on the mesh, its first axis over the batch axes.
 
         Raises:
           ConfigError: the batch does not divide.
         """
+        for x in batch.values():
+            self._check_rows(x.shape[0])
+        return {
+            name: jax.make_array_from_callback(x.shape, self.batch_sharding, x.__getitem__)
+            for name, x in batch.items()
+        }
+
+    def _check_rows(self, rows: int) -> None:
         parts = int(np.prod([self.mesh.shape[a] for a in DEFAULT_RULES.batch]))
-        for name, x in batch.items():
-            if x.shape[0] % parts:
-                raise ConfigError(
-                    f"a batch of {x.shape[0]} rows ({name}) does not divide over data·expert = "
-                    f"{parts} devices; change the batch size or the mesh"
-                )
-        return {name: jax.device_put(x, self.batch_sharding) for name, x in batch.items()}
+        if rows % parts:
+            raise ConfigError(
+                f"a batch of {rows} rows does not divide over data·expert = {parts} devices; "
+                "change the batch size or the mesh"
+            )
 
     def run(
         self,
-        data: grain.DatasetIterator[Any],
+        data: Resumable,
         step: Callable[[TrainState, Any], tuple[TrainState, Scalars]],
         *,
         finish_early: Callable[[Scalars], bool] = lambda _: False,
@@ -132,8 +160,11 @@ class Job:
           The metrics, with the history of the whole job.
         """
         cfg = self.cfg
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(self.workdir)
+        distributed.wait_for_all("tokenizer")  # No process may still look for the workdir's.
+        if distributed.is_primary():
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            self.tokenizer.save(self.workdir)
+        distributed.wait_for_all("workdir")
         checkpoints = Checkpoints(self.workdir, cfg.checkpoint)
         # Orbax brings scalars back on one device, whatever they were on.
         self.state = self._replicate_scalars(checkpoints.restore(self.state, data) or self.state)
@@ -142,7 +173,9 @@ class Job:
         with (
             jax.set_mesh(self.mesh),
             closing(checkpoints),
-            Metrics(self.workdir, cfg.task, start, cfg.steps) as metrics,
+            Metrics(
+                self.workdir, cfg.task, start, cfg.steps, silent=not distributed.is_primary()
+            ) as metrics,
             self._catch_signals(),
         ):
             if start:
@@ -163,6 +196,8 @@ class Job:
                 flush()
                 pending = number, values
                 finished = finish_early(values)
+                if distributed.should_stop(number):
+                    self.stop_signal = signal.SIGTERM
                 if number % cfg.checkpoint.every == 0:
                     # A resume starts after the checkpoint and would leave its step unlogged.
                     flush()
@@ -173,13 +208,18 @@ class Job:
 
     @contextmanager
     def _catch_signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM ends the loop after the step; a second one kills."""
+        """The first SIGINT or SIGTERM ends the loop after the step; a second one kills.
+
+        Several processes stop after the same step: JAX takes SIGTERM to any of them to all, see
+        `distributed.should_stop`, and SIGINT kills.
+        """
 
         def note(number: int, _: object) -> None:
             self.stop_signal = number
             signal.signal(number, signal.SIG_DFL)
 
-        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+        caught = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ()
+        before = {s: signal.signal(s, note) for s in caught}
         try:
             yield
         finally:
@@ -193,6 +233,13 @@ class Job:
                 pass
             case _:
                 return None
+        if jax.process_count() > 1:
+            if distributed.is_primary():
+                print(
+                    f"several processes do not export; afterwards: mmjax convert {self.workdir} "
+                    f"{self.workdir / 'model'} --to {layout}"
+                )
+            return None
         folder = self.workdir / "model"
         shutil.rmtree(folder, ignore_errors=True)
         mmjax.save(self.model, folder, layout, tokenizer_from=self.workdir)

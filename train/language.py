@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import grain
-import numpy as np
-
+from train.data.streams import Streams
 from train.job import Job, Scalars
 from train.state import TrainState
 from train.step import language_step
 
 
-def fit(job: Job, data: grain.DatasetIterator[dict[str, np.ndarray]]) -> Job:
+def fit(job: Job, data: Streams) -> Job:
     """Predicts next tokens of packed batches until the job's last step."""
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Scalars]:

@@ -23,17 +23,23 @@ class Metrics:
       start: Step of the checkpoint that the job resumes from; later lines of metrics.jsonl,
         which the killed run wrote past its last checkpoint, are taken out.
       steps: Of the whole job.
+      silent: Keep the history, but write and show nothing: for all processes but one.
     """
 
-    def __init__(self, workdir: Path, task: str, start: int, steps: int) -> None:
-        self._path = workdir / "metrics.jsonl"
+    def __init__(
+        self, workdir: Path, task: str, start: int, steps: int, *, silent: bool = False
+    ) -> None:
+        path = Path(os.devnull) if silent else workdir / "metrics.jsonl"
         self.history = [m for m in read_metrics(workdir) if m["step"] <= start]
-        replacement = self._path.with_suffix(".tmp")
-        replacement.write_text("".join(json.dumps(m) + "\n" for m in self.history))
-        os.replace(replacement, self._path)
-        self._file = self._path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
-        self.console = Console(stderr=True)
+        if not silent:
+            replacement = path.with_suffix(".tmp")
+            replacement.write_text("".join(json.dumps(m) + "\n" for m in self.history))
+            os.replace(replacement, path)
+        self._file = path.open("a")
+        self._board = SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=start + 1, write_to_disk=not silent
+        )
+        self.console = Console(stderr=True, quiet=silent)
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=20),

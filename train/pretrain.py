@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mmjax.tokenizer import Tokenizer
 from train.config import JobConfig
-from train.data.packing import Example, packed_batches
+from train.data.packing import Example
 from train.data.text import read_documents
 from train.job import Job
 from train.language import fit
@@ -23,8 +23,8 @@ def run(cfg: JobConfig, workdir: Path) -> Job:
     documents = read_documents(cfg.data.paths)
     tokenizer = job_tokenizer(cfg, workdir, documents)
     examples = _pieces(documents, tokenizer, cfg.data.sequence_length)
-    data = packed_batches(examples, cfg.data.sequence_length, cfg.data.batch_size, cfg.seed)
-    return fit(Job(cfg, workdir, tokenizer, cfg.steps), data)
+    job = Job(cfg, workdir, tokenizer, cfg.steps)
+    return fit(job, job.packed_batches(examples))
 
 
 def _pieces(documents: list[str], tokenizer: Tokenizer, length: int) -> list[Example]:

@@ -9,7 +9,7 @@ import numpy as np
 from mmjax.config import ConfigError
 from mmjax.tokenizer import Tokenizer
 from train.config import JobConfig
-from train.data.packing import Example, packed_batches
+from train.data.packing import Example
 from train.data.reasoning import (
     ReasoningProblems,
     prompt_text,
@@ -34,9 +34,8 @@ def run(cfg: JobConfig, workdir: Path) -> Job:
     problems, _ = split_problems(cfg.data.tasks, cfg.data.size, cfg.cispo.eval_problems, cfg.seed)
     texts = [prompt_text(p) + worked_solution(p) for p in problems]
     tokenizer = job_tokenizer(cfg, workdir, texts)
-    examples = _examples(problems, tokenizer, cfg)
-    data = packed_batches(examples, cfg.data.sequence_length, cfg.data.batch_size, cfg.seed)
-    return fit(Job(cfg, workdir, tokenizer, cfg.steps), data)
+    job = Job(cfg, workdir, tokenizer, cfg.steps)
+    return fit(job, job.packed_batches(_examples(problems, tokenizer, cfg)))
 
 
 def _examples(problems: ReasoningProblems, tokenizer: Tokenizer, cfg: JobConfig) -> list[Example]:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+from train.data.streams import Batch, Streams
+
 # Rows that Grain fills at the same time; more waste less padding.
 _BINS = 32
 
@@ -20,8 +22,14 @@ class Example(NamedTuple):
 
 
 def packed_batches(
-    examples: Sequence[Example], length: int, batch: int, seed: int
-) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+    examples: Sequence[Example],
+    length: int,
+    batch: int,
+    seed: int,
+    *,
+    streams: int = 1,
+    rows: np.ndarray | None = None,
+) -> Streams:
     """Endless shuffled batches of packed rows, checkpointable.
 
     Args:
@@ -29,10 +37,22 @@ def packed_batches(
       length: T, tokens a row.
       batch: B, rows a batch.
       seed: Of the order, new in each epoch.
+      streams: S, each of which packs every S-th example into B / S rows of a batch.
+      rows: Rows of a batch that this process needs; None for all.
 
     Returns:
       Iterator over tokens, segment_ids, positions [B, T] int32, loss_mask [B, T] float32.
     """
+
+    def stream(s: int) -> grain.DatasetIterator[Batch]:
+        return _packed(examples[s::streams], length, batch // streams, seed + s)
+
+    return Streams(stream, streams, batch, np.arange(batch) if rows is None else rows)
+
+
+def _packed(
+    examples: Sequence[Example], length: int, batch: int, seed: int
+) -> grain.DatasetIterator[Batch]:
     shape = {"tokens": length, "loss_mask": length}
     rows = (
         grain.MapDataset.source(_AsArrays(examples))

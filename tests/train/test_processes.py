@@ -1,0 +1,163 @@
+"""One job in two processes: it trains, stops and resumes as it would in one."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from mmjax.config import ConfigError
+from tests.train.test_resume import MODEL, ROOT, last_checkpoint, lines
+from train import distributed
+from train.data.packing import Example, packed_batches
+
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A folder with a config; data in two streams."""
+    folder = tmp_path_factory.mktemp("processes")
+    config = {
+        "task": "pretrain",
+        "steps": STEPS,
+        "remat": "layer",
+        "model": MODEL | {"num_heads": 4, "num_kv_heads": 2},
+        "checkpoint": {"every": 2},
+        "data": {
+            "paths": (str(ROOT / "train" / "*.py"),),
+            "sequence_length": 32,
+            "batch_size": 8,
+            "streams": 2,
+        },
+    }
+    (folder / "job.py").write_text(
+        "from ml_collections import ConfigDict\n\n\n"
+        f"def get_config():\n    return ConfigDict({config!r})\n"
+    )
+    return folder
+
+
+def start(job, workdir, mesh, processes=1):
+    """The processes of a job on 8 CPU devices."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    axes = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+    command = [sys.executable, "-m", "train", f"--config={job / 'job.py'}", f"--workdir={workdir}"]
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(8 // processes),
+        "JAX_COMPILATION_CACHE_DIR": str(job / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    if processes > 1:
+        env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+    return [
+        subprocess.Popen(
+            command + axes,
+            cwd=ROOT,
+            env=env | ({"JAX_PROCESS_ID": str(i)} if processes > 1 else {}),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(processes)
+    ]
+
+
+def end(running):
+    """Exit codes, and what the processes said."""
+    try:
+        said = [process.communicate(timeout=240)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [process.returncode for process in running], "\n".join(said)
+
+
+def losses(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    return [row["loss"] for row in rows]
+
+
+def wait_for(running, workdir, step):
+    while lines(workdir) < step and all(process.poll() is None for process in running):
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def straight(job):
+    """Losses of the job in one process, never stopped."""
+    workdir = job / "straight"
+    codes, said = end(start(job, workdir, {"data": 8}))
+    assert codes == [0], said
+    return losses(workdir)
+
+
+def test_two_processes_are_killed_and_one_goes_on_with_another_mesh(job, straight):
+    workdir = job / "killed"
+    running = start(job, workdir, {"data": 4, "expert": 2}, processes=2)
+    wait_for(running, workdir, 5)
+    for process in running:
+        process.send_signal(signal.SIGKILL)
+    codes, said = end(running)
+    assert codes == [-signal.SIGKILL] * 2, said
+    assert 2 <= last_checkpoint(workdir) < STEPS
+    codes, said = end(start(job, workdir, {"data": 4, "model": 2}))
+    assert codes == [0], said
+    assert "resumed" in said
+    np.testing.assert_allclose(losses(workdir), straight, rtol=1e-4)
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step(job, straight):
+    workdir = job / "stopped"
+    running = start(job, workdir, {"data": 4, "expert": 2}, processes=2)
+    wait_for(running, workdir, 2)
+    running[1].send_signal(signal.SIGTERM)
+    codes, said = end(running)
+    assert codes == [128 + signal.SIGTERM] * 2, said
+    assert last_checkpoint(workdir) == lines(workdir) < STEPS
+    codes, said = end(start(job, workdir, {"data": 4, "expert": 2}, processes=2))
+    assert codes == [0, 0], said
+    np.testing.assert_allclose(losses(workdir), straight, rtol=1e-4)
+
+
+def test_processes_read_their_own_rows_of_the_same_batches():
+    examples = [Example([i] * (1 + i % 7), [1] * (1 + i % 7)) for i in range(1, 60)]
+
+    def read(rows):
+        data = packed_batches(examples, 16, 8, 0, streams=4, rows=rows)
+        return data, [next(data) for _ in range(5)]
+
+    whole, batches = read(None)
+    parts = [read(np.arange(start, start + 4)) for start in (0, 4)]
+    for step, batch in enumerate(batches):
+        for name, x in batch.items():
+            halves = [part[step][name][4 * i : 4 * i + 4] for i, (_, part) in enumerate(parts)]
+            np.testing.assert_array_equal(np.concatenate(halves), x)
+    states = parts[0][0].get_state() | parts[1][0].get_state()
+    assert states == whole.get_state()
+    assert set(parts[0][0].get_state()) == {"0", "1"}
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"num_processes": 2, "process_id": 0}, "needs --coordinator_address"),
+        ({"coordinator_address": "a:1", "num_processes": 2}, "needs --process_id"),
+        ({"coordinator_address": "a:1", "num_processes": 2, "process_id": 2}, "not in 0 to 1"),
+    ],
+)
+def test_what_does_not_make_a_job_of_processes_is_said(given, says):
+    with pytest.raises(ConfigError, match=says):
+        distributed.join(**given)
+
+
+def test_a_single_process_joins_nothing():
+    assert not distributed.join()
