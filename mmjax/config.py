@@ -49,6 +49,9 @@ class ModelConfig:
         original code, whatever this value).
       shared_expert_mode: How the shared expert's coefficient is squashed: "sigmoid" | "softmax".
       router_aux_loss_coef: Weight of the load-balancing loss.
+      expert_capacity_factor: In training each expert takes at most this many times its even share
+        of a batch's token-slots, the first ones; 0 drops nothing. It is the job's, not the
+        model's: config.json does not hold it.
       initializer_range: Standard deviation of the embedding at initialisation.
       bos_token_id, eos_token_id: Special ids, where the config names them.
       dtype: Of the activations.
@@ -82,6 +85,7 @@ class ModelConfig:
     shared_intermediate_size: int = 0
     shared_expert_mode: str = "sigmoid"
     router_aux_loss_coef: float = 0.001
+    expert_capacity_factor: float = 0.0
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | None = None
@@ -132,6 +136,11 @@ class ModelConfig:
             problems.append(
                 f"num_experts_per_token {self.num_experts_per_token} exceeds "
                 f"num_experts {self.num_experts}"
+            )
+        if not self.expert_capacity_factor >= 0:
+            problems.append(
+                f"expert_capacity_factor must be 0 (drop nothing) or above, "
+                f"got {self.expert_capacity_factor}"
             )
         if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.head_dim:
             problems.append(

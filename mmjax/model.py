@@ -31,13 +31,15 @@ class Aux(NamedTuple):
     """What the routers did with the real tokens.
 
     load_balancing_loss []: differentiable, not yet multiplied by its coefficient;
-    tokens_per_expert [L, E]; router_probability [L, E], mean; router_entropy [L], mean, nats.
+    tokens_per_expert [L, E]; router_probability [L, E], mean; router_entropy [L], mean, nats;
+    dropped_share [L]: of the token-slots, those beyond their expert's capacity.
     """
 
     load_balancing_loss: jax.Array
     tokens_per_expert: jax.Array
     router_probability: jax.Array
     router_entropy: jax.Array
+    dropped_share: jax.Array
 
 
 class Intermediates(NamedTuple):
@@ -268,4 +270,5 @@ def _aux(stats: RouterStats, tokens: jax.Array, segment_ids: jax.Array | None) -
         stats.tokens_per_expert,
         stats.probability_sum * mean,
         stats.entropy_sum * mean,
+        stats.dropped / jnp.maximum(stats.tokens_per_expert.sum(1), 1),
     )

@@ -69,7 +69,7 @@ def apply_gradients(
 
 def router_metrics(aux: Aux) -> dict[str, jax.Array]:
     """Balance of the experts: aux loss (top_k when even), busiest expert's load over the mean,
-    entropy in nats.
+    entropy in nats, share of token-slots dropped beyond their expert's capacity.
     """
     load = aux.tokens_per_expert
     busiest = load.max(axis=1) / jnp.maximum(load.mean(axis=1), 1e-9)
@@ -77,4 +77,5 @@ def router_metrics(aux: Aux) -> dict[str, jax.Array]:
         "router/aux_loss": aux.load_balancing_loss,
         "router/busiest": busiest.max(),
         "router/entropy": aux.router_entropy.mean(),
+        "router/dropped": aux.dropped_share.mean(),
     }

@@ -1,0 +1,177 @@
+"""Experts on the tokens of one device: sorted by expert, or every expert on every token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import grouped_matmul
+from kernels_pallas.numerics import einsum32
+
+# Rows that share one expert's matrix in the grouped product, at least and at most.
+MIN_BLOCK, MAX_BLOCK = 64, 512
+
+
+class Weights(NamedTuple):
+    """w1, w3 [E, D, F]; w2 [E, F, D]."""
+
+    w1: jax.Array
+    w3: jax.Array
+    w2: jax.Array
+
+
+def apply_experts(
+    tokens: jax.Array, share: jax.Array, expert: jax.Array, kernels: Weights
+) -> jax.Array:
+    """Σ_k share_k · expert_k(token); a visit to expert E adds nothing.
+
+    Args:
+      tokens: [N, D].
+      share: [N, k].
+      expert: [N, k] int32, 0 to E.
+      kernels: In any dtype; the products are in that of the tokens.
+
+    Returns:
+      [N, D] in tokens.dtype.
+    """
+    experts, visits = kernels.w1.shape[0], expert.size
+    block = _block_size(visits // experts)
+    if tokens.shape[0] * experts <= _row_blocks(visits, experts, block) * block:
+        return _every_expert(tokens, share, expert, kernels)
+    out = visit_experts(tokens, expert, kernels)  # [N, k, D]
+    return weighted_sum(out, share).astype(tokens.dtype)
+
+
+def visit_experts(tokens: jax.Array, expert: jax.Array, kernels: Weights) -> jax.Array:
+    """The output of each visit [N, k, D] by tokens [N, D] to expert [N, k]; zero for expert E."""
+    experts = kernels.w1.shape[0]
+    block = _block_size(expert.size // experts)
+    sizes, rows = _sort_by_expert(expert, experts, block)
+    kernels = Weights(*(w.astype(tokens.dtype) for w in kernels))
+    return return_rows(_ffn(take_rows(tokens, rows), sizes, *kernels, block), rows)
+
+
+def weighted_sum(out: jax.Array, share: jax.Array) -> jax.Array:
+    """Σ_k share [N, k] · out [N, k, D], in float32."""
+    return (out.astype(jnp.float32) * share.astype(jnp.float32)[:, :, None]).sum(1)
+
+
+def _ffn(
+    rows: jax.Array,
+    group_sizes: jax.Array,
+    w1: jax.Array,
+    w3: jax.Array,
+    w2: jax.Array,
+    row_align: int,
+) -> jax.Array:
+    """w2(silu(w1 x) · w3 x) of rows [R, D] in groups of one expert each."""
+
+    def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return grouped_matmul(x, kernel, group_sizes, row_align=row_align)
+
+    return product(jax.nn.silu(product(rows, w1)) * product(rows, w3), w2)
+
+
+def _every_expert(
+    tokens: jax.Array, share: jax.Array, expert: jax.Array, kernels: Weights
+) -> jax.Array:
+    """All experts on all tokens: no sorting, and each matrix is read where it lies."""
+    chosen = jax.nn.one_hot(expert, kernels.w1.shape[0], dtype=jnp.float32)  # [N, k, E]
+    weight = (share.astype(jnp.float32)[:, :, None] * chosen).sum(1)  # [N, E]
+    dtype = tokens.dtype
+
+    def up(kernel: jax.Array) -> jax.Array:
+        return einsum32("nd,edf->enf", tokens, kernel, dtype).astype(dtype)
+
+    hidden = jax.nn.silu(up(kernels.w1)) * up(kernels.w3)
+    out = einsum32("enf,efd->end", hidden, kernels.w2, dtype)
+    return jnp.sum(out * weight.T[:, :, None], axis=0).astype(dtype)
+
+
+def _block_size(rows_per_expert: int) -> int:
+    """A power of two, at most a quarter of an average expert's rows, within bounds."""
+    wanted = 1 << max(rows_per_expert // 4, 1).bit_length() - 1
+    return min(max(wanted, MIN_BLOCK), MAX_BLOCK)
+
+
+def _row_blocks(visits: int, experts: int, block: int) -> int:
+    """Blocks that hold the visits however they fall, each expert's in blocks of its own."""
+    return -(-visits // block) + experts
+
+
+class Rows(NamedTuple):
+    """Where token-slots stand among R rows.
+
+    source [R]: the token-slot n·k + j in each row, N·k where none; slot [N, k]: the row of each
+    token-slot, R where none.
+    """
+
+    source: jax.Array
+    slot: jax.Array
+
+
+def _sort_by_expert(expert: jax.Array, experts: int, block: int) -> tuple[jax.Array, Rows]:
+    """Rows sorted by expert in whole blocks, and each expert's rows rounded up to blocks [E]."""
+    flat = expert.reshape(-1)
+    place, sizes = turns(flat, experts)
+    sizes = (sizes + block - 1) // block * block
+    count = _row_blocks(flat.size, experts, block) * block
+    slot = jnp.where(place < 0, count, _at(jnp.cumsum(sizes) - sizes, flat) + place)
+    return sizes, Rows(inverse(slot, count), slot.reshape(expert.shape))
+
+
+def turns(group: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
+    """How many before it are of the same group [S], -1 outside 0..groups; size of each group."""
+    # For this many groups counting is cheaper than sorting.
+    member = jax.nn.one_hot(group, groups, dtype=jnp.int32)  # [S, groups]
+    upto = jnp.cumsum(member, axis=0)
+    return (upto * member).sum(1) - 1, upto[-1]
+
+
+def inverse(place: jax.Array, length: int) -> jax.Array:
+    """index [length] with index[place[i]] = i for each place in range, place.size elsewhere."""
+    index = jnp.full(length, place.size, jnp.int32)
+    each = jnp.arange(place.size, dtype=jnp.int32)
+    return index.at[place].set(each, mode="drop", unique_indices=True)
+
+
+# The two moves below are gathers in both directions, because a permutation knows its inverse;
+# XLA's transpose of a gather is a scatter-add, serial on CPUs and atomic on GPUs.
+@jax.custom_vjp
+def take_rows(tokens: jax.Array, rows: Rows) -> jax.Array:
+    """Tokens [N, D] to rows [R, D]; rows without a token are zero."""
+    return _at(tokens, rows.source // rows.slot.shape[1])
+
+
+def _take_rows_forward(tokens: jax.Array, rows: Rows) -> tuple[jax.Array, Rows]:
+    return take_rows(tokens, rows), rows
+
+
+def _take_rows_backward(rows: Rows, d_rows: jax.Array) -> tuple[jax.Array, None]:
+    return _at(d_rows, rows.slot).sum(1), None
+
+
+take_rows.defvjp(_take_rows_forward, _take_rows_backward)
+
+
+@jax.custom_vjp
+def return_rows(x: jax.Array, rows: Rows) -> jax.Array:
+    """Rows [R, D] back to token-slots [N, k, D]; slots without a row are zero."""
+    return _at(x, rows.slot)
+
+
+def _return_rows_forward(x: jax.Array, rows: Rows) -> tuple[jax.Array, Rows]:
+    return return_rows(x, rows), rows
+
+
+def _return_rows_backward(rows: Rows, d_slots: jax.Array) -> tuple[jax.Array, None]:
+    return _at(d_slots.reshape(-1, d_slots.shape[-1]), rows.source), None
+
+
+return_rows.defvjp(_return_rows_forward, _return_rows_backward)
+
+
+def _at(x: jax.Array, index: jax.Array) -> jax.Array:
+    return x.at[index].get(mode="fill", fill_value=0)

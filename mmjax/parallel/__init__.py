@@ -1,0 +1,1 @@
+"""Layers spread over the mesh by hand, in `jax.shard_map`."""
