@@ -123,11 +123,11 @@ def _sort_by_expert(expert: jax.Array, experts: int, block: int) -> tuple[jax.Ar
 
 
 def turns(group: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
-    """How many before it are of the same group [S], -1 outside 0..groups; size of each group."""
-    # For this many groups counting is cheaper than sorting.
-    member = jax.nn.one_hot(group, groups, dtype=jnp.int32)  # [S, groups]
-    upto = jnp.cumsum(member, axis=0)
-    return (upto * member).sum(1) - 1, upto[-1]
+    """How many before it are of the same group [S], -1 in `groups`; size of each group."""
+    order = jnp.argsort(group, stable=True).astype(jnp.int32)
+    sizes = jnp.bincount(group, length=groups).astype(jnp.int32)
+    place = inverse(order, group.size) - _at(jnp.cumsum(sizes) - sizes, group)
+    return jnp.where(group < groups, place, -1), sizes
 
 
 def inverse(place: jax.Array, length: int) -> jax.Array:

@@ -109,7 +109,8 @@ def _place_in_expert(
 
     "Before" is meant in the whole batch, so the same visits are dropped on any mesh.
     """
-    visits = jax.nn.one_hot(expert, experts, dtype=jnp.int32).sum(2) * real[:, :, None]
+    visits = jax.nn.one_hot(expert, experts, dtype=jnp.int32).sum(2)
+    visits *= real.astype(jnp.int32)[:, :, None]
     before = jnp.cumsum(visits, axis=1) - visits  # [B, T, E]
     before += _visits_before(visits.sum(1), batch_axes, sequence_axes)[:, None]
     return jnp.take_along_axis(before, expert, axis=2)
@@ -123,7 +124,7 @@ def _visits_before(
     if sequence_axes:
         stretches = jax.lax.all_gather(visits, sequence_axes)  # [S, B, E]
         earlier = jnp.arange(stretches.shape[0]) < jax.lax.axis_index(sequence_axes)
-        before = (stretches * earlier[:, None, None]).sum(0)
+        before = jnp.where(earlier[:, None, None], stretches, 0).sum(0)
         row = stretches.sum(0)
     rows = jax.lax.all_gather(row, batch_axes, tiled=True) if batch_axes else row
     start = jax.lax.axis_index(batch_axes) * row.shape[0] if batch_axes else 0
