@@ -110,7 +110,7 @@ def one_part(monkeypatch):
 
 # With the parts in which tokens travel.
 MESHES = [
-    ({"expert": 2}, 2),
+    ({"expert": 2}, 1),
     ({"expert": 4}, 1),
     ({"expert": 8}, 1),
     ({"data": 2, "expert": 2, "model": 2}, 2),
