@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "context", "expert", "model")
 
@@ -141,9 +141,48 @@ def _undivided(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mes
     return found
 
 
+def active_mesh() -> AbstractMesh | None:
+    """The mesh of `jax.set_mesh` if it spreads arrays: with our axes and several devices.
+
+    Inside `jax.shard_map` arrays are local, and there is none.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if _ours(mesh) and mesh.size > 1 else None
+
+
+def _ours(mesh: AbstractMesh) -> bool:
+    return set(MESH_AXES) <= set(mesh.axis_names) and not mesh.manual_axes
+
+
+def activation_spec(
+    mesh: AbstractMesh, shape: Sequence[int], axes: Sequence[str | None]
+) -> PartitionSpec:
+    """The physical axes of an activation, without those that do not divide its size.
+
+    A single prompt stays whole on a mesh that spreads a batch.
+
+    Args:
+      mesh: The mesh in force.
+      shape: Of the activation.
+      axes: Logical axis of each dimension, None for a whole one.
+    """
+
+    def dividing(size: int, entry: tuple[str, ...]) -> tuple[str, ...]:
+        kept: tuple[str, ...] = ()
+        for axis in entry:
+            if size % math.prod(mesh.shape[a] for a in (*kept, axis)) == 0:
+                kept = (*kept, axis)
+        return kept
+
+    spec = DEFAULT_RULES.spec(axes, of="activation")
+    entries = ((e,) if isinstance(e, str) else e or () for e in spec)
+    fitting = [dividing(size, entry) for size, entry in zip(shape, entries, strict=True)]
+    return PartitionSpec(*(entry or None for entry in fitting))
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an activation to its logical axes under the mesh of `jax.set_mesh`; else nothing."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
+    if not _ours(mesh):
         return x
-    return jax.lax.with_sharding_constraint(x, DEFAULT_RULES.spec(axes, of="activation"))
+    return jax.lax.with_sharding_constraint(x, activation_spec(mesh, x.shape, axes))

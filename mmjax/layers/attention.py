@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from mmjax.config import ModelConfig
 from mmjax.layers import weights
 from mmjax.layers.rope import apply_rope
-from mmjax.layers.softmax import softmax_attention
+from mmjax.parallel import sequence
 
 
 class SoftmaxAttention(nnx.Module):
@@ -44,9 +44,7 @@ class SoftmaxAttention(nnx.Module):
         index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
         if segment_ids is not None:
             index = jnp.where(segment_ids != 0, index, -1)
-        out = softmax_attention(
-            q, k, v, index, query_segments=segment_ids, key_segments=segment_ids
-        )
+        out = sequence.softmax(q, k, v, index, segment_ids)
         return self._output(out)
 
     def extend(
@@ -69,13 +67,7 @@ class SoftmaxAttention(nnx.Module):
           layer: Which of the N layers this is.
         """
         q, k, v = self._project(x, angles)
-        row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
-        write = keys.at[layer, row, slots].set
-        keys = write(k.astype(keys.dtype), mode="drop")
-        values = values.at[layer, row, slots].set(v.astype(values.dtype), mode="drop")
-        index = jnp.where(slots < keys.shape[2], slots, -1)
-        own_keys, own_values = keys[layer], values[layer]
-        out = softmax_attention(q, own_keys.astype(q.dtype), own_values.astype(q.dtype), index)
+        out, keys, values = sequence.softmax_on_cache(q, k, v, slots, keys, values, layer)
         return self._output(out), keys, values
 
     def _project(self, x: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
-from kernels_pallas import lightning_attention, lightning_attention_step
 from mmjax.config import ModelConfig
 from mmjax.layers import weights
 from mmjax.layers.norm import rms_norm
+from mmjax.parallel import sequence
 
 # The released code leaves the inner norm at its class default, whatever rms_norm_eps says.
 INNER_NORM_EPS = 1e-6
@@ -90,29 +89,9 @@ class LightningAttention(nnx.Module):
         qkv = qkv.reshape(batch, length, heads, 3, dim)
         # The transpose of a split is one concatenation, that of three slices is three paddings.
         q, k, v = (part[:, :, :, 0] for part in jax.lax.split(qkv, (1, 1, 1), axis=3))
-        if state is not None and length == 1:
-            out, state = _step(q, k, v, decay, segment_ids, state)
-        else:
-            out, state = lightning_attention(
-                q, k, v, decay, segment_ids=segment_ids, initial_state=state
-            )
+        out, state = sequence.lightning(q, k, v, decay, segment_ids=segment_ids, state=state)
         flat = out.reshape(batch, length, heads * dim)
         normed = rms_norm(flat, self.norm[...].reshape(-1), INNER_NORM_EPS)
         gate = jax.nn.sigmoid(weights.project(x, self.gate[...]))
         return weights.project(gate * normed, self.out[...]), state
 
-
-def _step(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    decay: jax.Array,
-    segment_ids: jax.Array | None,
-    state: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    out, after = lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], decay, state)
-    if segment_ids is not None:
-        real = segment_ids[:, 0] != 0
-        after = jnp.where(real[:, None, None, None], after, state)
-        out = jnp.where(real[:, None, None], out, 0)
-    return out[:, None], after

@@ -1,1 +1,1 @@
-"""Layers spread over the mesh by hand, in `jax.shard_map`."""
+"""Work that the devices of a mesh share by explicit collectives, inside `jax.shard_map`."""
