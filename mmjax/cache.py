@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.config import LIGHTNING, SOFTMAX, ModelConfig
+from mmjax.sharding import constrain
 
 
 class HybridCache(NamedTuple):
@@ -30,7 +31,7 @@ class HybridCache(NamedTuple):
     def create(
         cls, cfg: ModelConfig, batch: int, capacity: int, dtype: str | None = None
     ) -> HybridCache:
-        """An empty cache for `batch` rows of at most `capacity` tokens.
+        """An empty cache for `batch` rows of at most `capacity` tokens, spread over the mesh.
 
         Args:
           cfg: The model's configuration.
@@ -41,10 +42,13 @@ class HybridCache(NamedTuple):
         softmax, lightning = cfg.kinds.count(SOFTMAX), cfg.kinds.count(LIGHTNING)
         kv = (softmax, batch, capacity, cfg.num_kv_heads, cfg.head_dim)
         state = (lightning, batch, cfg.num_heads, cfg.head_dim, cfg.head_dim)
+        into = (None, "batch", None, "kv_heads", None)
         return cls(
-            keys=jnp.zeros(kv, dtype or cfg.dtype),
-            values=jnp.zeros(kv, dtype or cfg.dtype),
-            state=jnp.zeros(state, jnp.float32),
+            keys=constrain(jnp.zeros(kv, dtype or cfg.dtype), *into),
+            values=constrain(jnp.zeros(kv, dtype or cfg.dtype), *into),
+            state=constrain(
+                jnp.zeros(state, jnp.float32), None, "batch", "heads", None, None
+            ),
             length=jnp.zeros(batch, jnp.int32),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from mmjax.model import Decoder
+from mmjax.sharding import DEFAULT_RULES, active_mesh
 
-# Positions whose logits exist at once: [_POSITIONS, vocab] float32 is 1.6 GB at 200K tokens.
+# Positions whose logits exist at once on a device: [_POSITIONS, vocab] float32 is 1.6 GB at 200K tokens.
 _POSITIONS = 2048
 
 
@@ -31,22 +33,41 @@ def token_logprobs(
 
     def chunk(x: tuple[jax.Array, jax.Array]) -> jax.Array:
         h, target = x
-        logits = model.logits(h[None])[0] / temperature
-        chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+        logits = model.logits(h) / temperature
+        chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1)
 
-    flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    count = flat.shape[0]
-    if count <= _POSITIONS:
-        return chunk((flat, flat_targets)).reshape(targets.shape)
-    pad = -count % _POSITIONS
-    chunks = (
-        jnp.pad(flat, ((0, pad), (0, 0))).reshape(-1, _POSITIONS, flat.shape[-1]),
-        jnp.pad(flat_targets, (0, pad)).reshape(-1, _POSITIONS),
-    )
+    rows, stretches, size = _spread(*targets.shape)
+    h, target = hidden.reshape(rows, -1, hidden.shape[-1]), targets.reshape(rows, -1)
+    length = target.shape[1] // stretches
+    if length <= size:
+        return chunk((h, target)).reshape(targets.shape)
+
+    def cut(x: jax.Array) -> jax.Array:
+        """[R, T, *] to chunks [N, R, stretches · size, *]."""
+        rest = x.shape[2:]
+        x = x.reshape(rows, stretches, length, *rest)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, -length % size), *((0, 0) for _ in rest)))
+        x = jnp.moveaxis(x.reshape(rows, stretches, -1, size, *rest), 2, 0)
+        return x.reshape(-1, rows, stretches * size, *rest)
+
     # Checkpointed, the backward recomputes a chunk's logits instead of keeping them.
-    logp = jax.lax.map(jax.checkpoint(chunk), chunks)
-    return logp.reshape(-1)[:count].reshape(targets.shape)
+    logp = jax.lax.map(jax.checkpoint(chunk), (cut(h), cut(target)))
+    logp = jnp.moveaxis(logp.reshape(-1, rows, stretches, size), 0, 2)
+    return logp.reshape(rows, stretches, -1)[:, :, :length].reshape(targets.shape)
+
+
+def _spread(batch: int, length: int) -> tuple[int, int, int]:
+    """How to lay out [batch, length] positions for chunks to which each device adds of its own:
+    rows, stretches of a row, and positions of a stretch in a chunk.
+    """
+    mesh = active_mesh()
+    if mesh is None:
+        return 1, 1, _POSITIONS
+    context = mesh.shape["context"]
+    devices = math.prod(mesh.shape[axis] for axis in DEFAULT_RULES.batch)
+    size = max(_POSITIONS // -(-batch // devices), 1)
+    return batch, context if length % context == 0 else 1, size
 
 
 def cross_entropy(

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from kernels_pallas.numerics import einsum32
 from mmjax.config import ModelConfig
 from mmjax.layers import weights
+from mmjax.sharding import constrain
 
 
 class Embed(nnx.Module):
@@ -22,7 +23,10 @@ class Embed(nnx.Module):
 
     def __call__(self, tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks tokens up, in the activations' dtype."""
-        return self.embedding[...][tokens].astype(self.dtype)
+        # Looked up in a table whose rows are whole. In rows spread like the batch, every device
+        # would look up the whole batch.
+        table = constrain(self.embedding[...], "vocab", None)
+        return table[tokens].astype(self.dtype)
 
 
 class Head(nnx.Module):

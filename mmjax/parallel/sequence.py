@@ -180,9 +180,11 @@ class _Specs:
                     f"choose a size of `model` that divides {count}"
                 )
         (batch,) = activation_spec(mesh, shape[:1], ("batch",))
-        self.rows = P(batch, axis)
+        # An axis that no spec names would be summed over by the gradient, even one of size 1.
+        sequence = AXIS if mesh.shape[AXIS] == 1 else axis
+        self.rows = P(batch, sequence)
         self.whole_rows = P(batch, None)
-        self.heads = P(batch, axis, "model", None)
+        self.heads = P(batch, sequence, "model", None)
         self.state = P(batch, "model", None, None)
         self.cache = P(None, batch, None, "model", None)
 
