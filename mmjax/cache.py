@@ -46,9 +46,7 @@ class HybridCache(NamedTuple):
         return cls(
             keys=constrain(jnp.zeros(kv, dtype or cfg.dtype), *into),
             values=constrain(jnp.zeros(kv, dtype or cfg.dtype), *into),
-            state=constrain(
-                jnp.zeros(state, jnp.float32), None, "batch", "heads", None, None
-            ),
+            state=constrain(jnp.zeros(state, jnp.float32), None, "batch", "heads", None, None),
             length=jnp.zeros(batch, jnp.int32),
         )
 

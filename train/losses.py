@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from mmjax.model import Decoder
 from mmjax.sharding import DEFAULT_RULES, active_mesh
 
-# Positions whose logits exist at once on a device: [_POSITIONS, vocab] float32 is 1.6 GB at 200K tokens.
+# Positions whose logits a device has at once: [_POSITIONS, vocab] float32 is 1.6 GB at 200K tokens.
 _POSITIONS = 2048
 
 

@@ -94,4 +94,3 @@ class LightningAttention(nnx.Module):
         normed = rms_norm(flat, self.norm[...].reshape(-1), INNER_NORM_EPS)
         gate = jax.nn.sigmoid(weights.project(x, self.gate[...]))
         return weights.project(gate * normed, self.out[...]), state
-

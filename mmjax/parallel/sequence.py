@@ -30,7 +30,7 @@ from kernels_pallas import lightning_attention, lightning_attention_step
 from kernels_pallas.lightning_attention.clock import read_clock
 from kernels_pallas.numerics import einsum32
 from mmjax.layers.softmax import softmax_attention
-from mmjax.sharding import ShardingError, active_mesh, activation_spec
+from mmjax.sharding import ShardingError, activation_spec, active_mesh
 
 AXIS = "context"
 
@@ -275,9 +275,7 @@ def lasp(
     spans = _read_spans(segment_ids, q.shape[1], axis)
     rank = jax.lax.axis_index(axis)
     entering = _fold(states, state, decay, spans, rank, spans.start[rank])
-    out, _ = lightning_attention(
-        q, k, v, decay, segment_ids=segment_ids, initial_state=entering
-    )
+    out, _ = lightning_attention(q, k, v, decay, segment_ids=segment_ids, initial_state=entering)
     ranks = jax.lax.axis_size(axis)
     return out, _fold(states, state, decay, spans, jnp.int32(ranks), spans.end[-1])
 

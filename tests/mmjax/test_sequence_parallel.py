@@ -16,14 +16,17 @@ from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import dispatch, lightning_attention
 from kernels_pallas.lightning_attention.clock import number_segments
+from mmjax.cache import HybridCache
 from mmjax.convert.params import by_name
 from mmjax.layers import softmax as softmax_layer
 from mmjax.layers.attention import SoftmaxAttention
 from mmjax.layers.lightning import LightningAttention, decay_rates
+from mmjax.layers.moe import MoE, RouterStats
 from mmjax.layers.softmax import softmax_attention
+from mmjax.model import Decoder
 from mmjax.parallel import sequence
 from mmjax.sharding import MESH_AXES, ShardingError, make_mesh, param_shardings
-from tests.mmjax.programs import empty_cache, extend, random_model, small_config, tokens
+from tests.mmjax.programs import empty_cache, forward, random_model, small_config, tokens
 from train.losses import cross_entropy, token_logprobs
 
 BOTH = ("data", "expert")
@@ -64,10 +67,10 @@ IDS = np.array([[int(c) for c in row if c.isdigit()] for row in ROWS], np.int32)
 DECAY = np.array([0, 1e-8, 0.1, 0.9], np.float32)
 
 
-def arrays(*names, batch=len(ROWS), length=IDS.shape[1], heads=4, dim=8):
+def arrays(*names, batch=9, length=32, heads=4, dim=8):
     rng = np.random.default_rng(0)
-    shapes = {name: (batch, length, heads, dim) for name in ("q", "k", "v", "d_out")}
-    shapes |= {name: (batch, heads, dim, dim) for name in ("state", "d_state")}
+    shapes = dict.fromkeys(("q", "k", "v", "d_out"), (batch, length, heads, dim))
+    shapes |= dict.fromkeys(("state", "d_state"), (batch, heads, dim, dim))
     return [rng.standard_normal(shapes[name]).astype(np.float32) for name in names]
 
 
@@ -304,6 +307,7 @@ def wide_config(**overrides):
         "num_heads": 8,
         "num_kv_heads": 8,
         "num_experts": 8,
+        "num_experts_per_token": 4,
         "layer_types": ("lightning", "softmax"),
     }
     return small_config(**values | overrides)
@@ -317,8 +321,8 @@ def wide_model(remat="none"):
 
 
 def packed_batch(cfg):
-    """Eight rows of 32 tokens: the first eight of ROWS."""
-    ids = jnp.asarray(IDS[:8])
+    """Eight rows of 16 tokens: the first halves of ROWS and the second, as far as they go."""
+    ids = jnp.asarray(IDS[[1, 3, 4, 6]].reshape(8, 16))
     positions, _ = number_segments(ids)
     return {
         "tokens": tokens(cfg, *ids.shape),
@@ -368,7 +372,8 @@ def placed(mesh, model, batch):
     """The model's definition, its parameters and a batch, where they lie on the mesh."""
     structure, params = nnx.split(model)
     rows = NamedSharding(mesh, P(BOTH, "context"))
-    return structure, jax.device_put(params, param_shardings(params, mesh)), jax.device_put(batch, rows)
+    params = jax.device_put(params, param_shardings(params, mesh))
+    return structure, params, jax.device_put(batch, rows)
 
 
 def assert_same_tensors(actual, expected, what):
@@ -378,8 +383,14 @@ def assert_same_tensors(actual, expected, what):
         assert error < 1e-5, f"{what} of {name} is off by {error:.3g}"
 
 
-SHAPES = [{axis: n} for axis in MESH_AXES for n in (2, 4, 8)]
-SHAPES += [{"data": 2, "context": 2, "model": 2}, {"context": 2, "expert": 2, "model": 2}]
+# Each axis at sizes 2, 4 and 8.
+SHAPES = [{axis: 8} for axis in MESH_AXES]
+SHAPES += [
+    {"data": 4, "context": 2},
+    {"context": 4, "model": 2},
+    {"data": 2, "expert": 4},
+    {"expert": 2, "model": 4},
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: ",".join(f"{a}={n}" for a, n in s.items()))
@@ -396,3 +407,129 @@ def test_a_step_on_a_mesh_is_that_of_one_device(shape):
     assert_same_tensors(updated(nnx.state(wide_model()), local), after, "the update")
     spread = NamedSharding(mesh, P(BOTH, "context", None))
     assert hidden.sharding.is_equivalent_to(spread, hidden.ndim), hidden.sharding
+
+
+def test_an_update_on_the_mesh():
+    """Gradient and update in one program, super-blocks recomputed; everything stays in place."""
+    value, _, after = on_one_device()
+    mesh = mesh_of(data=2, context=2, model=2)
+
+    def step(structure, params, batch):
+        value, grads, _ = loss_and_grads(structure, params, batch)
+        return value, updated(params, grads)
+
+    with jax.set_mesh(mesh):
+        inputs = placed(mesh, wide_model("super_block"), packed_batch(wide_config()))
+        actual, params = run(partial(step, inputs[0]), *inputs[1:])
+    assert relative(actual, value) < 1e-5
+    assert_same_tensors(params, after, "the update")
+    before = by_name(inputs[1])
+    for name, variable in by_name(params).items():
+        x, old = variable.get_value(), before[name].get_value()
+        assert x.sharding.is_equivalent_to(old.sharding, x.ndim), (name, x.sharding)
+
+
+def test_a_model_moves_weights_keys_and_states_alone(monkeypatch):
+    """Around the experts, which have collectives of their own, no activation is gathered."""
+
+    def no_experts(self, x, real):
+        zeros = jnp.zeros(self.w1.shape[0])
+        return x, RouterStats(zeros, zeros, jnp.zeros(()), jnp.zeros((*x.shape[:2], 1)))
+
+    monkeypatch.setattr(MoE, "__call__", no_experts)
+    cfg, batch, length = wide_config(num_kv_heads=2), 4, 256
+    mesh = mesh_of(data=2, context=2, model=2)
+    rows = jnp.ones((batch, length), jnp.int32)
+    with jax.set_mesh(mesh):
+        inputs = {"tokens": rows, "segment_ids": rows, "positions": rows}
+        structure, params, inputs = placed(mesh, random_model(cfg), inputs)
+        program = jax.jit(partial(loss_and_grads, structure)).lower(params, inputs).compile(QUICK)
+    found = collectives(program.as_text())
+    keys = 4 * batch // 2 * length * cfg.num_kv_heads // 2 * cfg.head_dim
+    qkv = 4 * cfg.hidden_size * 3 * cfg.num_heads // 2 * cfg.head_dim
+    hidden = 4 * batch // 2 * length // 2 * cfg.hidden_size  # Of one device.
+    moved = of_kind(found, "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+    assert max(map(size, moved)) == max(keys, qkv) < hidden
+    # Sums over `model` of what its ranks add to the residual stream.
+    assert max(map(size, of_kind(found, "all-reduce"))) == hidden
+
+
+# With a cache.
+
+
+def prefill_and_decode(model, ids, length):
+    """Logits of all tokens, the first `length` at once and the others one by one; the cache."""
+    cache = HybridCache.create(model.cfg, ids.shape[0], ids.shape[1])
+    out = model(ids[:, :length], cache=cache)
+    logits = [out.logits]
+    for t in range(length, ids.shape[1]):
+        out = model(ids[:, t : t + 1], cache=out.cache)
+        logits.append(out.logits)
+    return jnp.concatenate(logits, axis=1), out.cache
+
+
+@functools.cache
+def prompts():
+    """Four rows of nine tokens, and their logits on one device."""
+    ids = tokens(wide_config(), 4, 9)
+    return ids, forward(wide_model(), ids).logits
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        ({"data": 2, "expert": 2, "model": 2}, 4),
+        ({"data": 4, "expert": 2}, 2),  # Rows that the mesh divides in part.
+        ({"model": 8}, 1),
+        ({"context": 2, "model": 4}, 1),
+    ],
+    ids=str,
+)
+def test_decoding_on_a_mesh(shape, rows):
+    """The same logits; states over batch and heads, keys over batch and KV heads."""
+    model = wide_model()
+    ids, expected = (x[:rows] for x in prompts())
+    mesh = mesh_of(**shape)
+    with jax.set_mesh(mesh):
+        structure, params, _ = placed(mesh, model, {})
+        logits, cache = run(
+            lambda params, ids: prefill_and_decode(nnx.merge(structure, params), ids, 8),
+            params,
+            ids,
+        )
+    assert relative(logits, expected) < 1e-5
+    batch = tuple(axis for axis in BOTH if axis in shape) if rows > 2 else ("expert",)
+    batch = batch if rows > 1 else None
+    state, keys = P(None, batch, "model"), P(None, batch, None, "model")
+    for x, spec in ((cache.state, state), (cache.keys, keys), (cache.values, keys)):
+        assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim), x.sharding
+
+
+def test_an_empty_cache_is_spread():
+    mesh = mesh_of(data=2, model=2)
+    with jax.set_mesh(mesh):
+        cache = empty_cache(wide_model(), 4, 8)
+    spec = P(None, BOTH, None, "model")
+    assert cache.keys.sharding.is_equivalent_to(NamedSharding(mesh, spec), cache.keys.ndim)
+
+
+# What does not fit.
+
+
+def test_a_sequence_that_does_not_split():
+    ids = jnp.zeros((1, 12), jnp.int32)
+    message = "sequences of 12 tokens cannot be split over context=4: pad them to a multiple of 8"
+    with jax.set_mesh(mesh_of(context=4)), pytest.raises(ShardingError, match=message):
+        jax.eval_shape(wide_model(), ids)
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads", "message"),
+    [("lightning", 4, "4 heads"), ("softmax", 8, "4 kv_heads")],
+)
+def test_heads_that_do_not_split(kind, heads, message):
+    cfg = wide_config(num_heads=heads, num_kv_heads=4, layer_types=(kind,) * 2)
+    model = nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0)))
+    message += " cannot be spread over model=8; choose a size of `model` that divides 4"
+    with jax.set_mesh(mesh_of(model=8)), pytest.raises(ShardingError, match=message):
+        nnx.eval_shape(lambda m: m(jnp.zeros((1, 4), jnp.int32)).logits, model)
