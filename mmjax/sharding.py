@@ -155,7 +155,7 @@ def _ours(mesh: AbstractMesh) -> bool:
 
 
 def activation_spec(
-    mesh: AbstractMesh, shape: Sequence[int], axes: Sequence[str | None]
+    mesh: Mesh | AbstractMesh, shape: Sequence[int], axes: Sequence[str | None]
 ) -> PartitionSpec:
     """The physical axes of an activation, without those that do not divide its size.
 

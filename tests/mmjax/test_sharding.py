@@ -14,6 +14,8 @@ from mmjax.sharding import (
     DEFAULT_RULES,
     ShardingError,
     ShardingRules,
+    activation_spec,
+    active_mesh,
     constrain,
     make_mesh,
     param_shardings,
@@ -169,6 +171,32 @@ def test_safetensors_from_a_mesh(mesh, model, folder, tmp_path):
     single = by_name(nnx.state(model))
     for name, variable in by_name(nnx.state(mmjax.load(tmp_path / "copy"))).items():
         np.testing.assert_array_equal(variable.get_value(), single[name].get_value(), err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch"), [(8, BOTH), (4, BOTH), (2, ("data",)), (6, ("data",)), (1, None), (5, None)]
+)
+def test_activations_are_spread_as_far_as_they_go(mesh, rows, batch):
+    axes = ("batch", "sequence", "heads")
+    assert activation_spec(mesh, (rows, 6, 3), axes) == P(batch, "context", None)
+
+
+def test_no_mesh_inside_a_shard_map(mesh):
+    """There, arrays are local and constraints mean nothing."""
+    seen = []
+
+    def body(x):
+        seen.append(active_mesh())
+        return constrain(x, "batch", "sequence")
+
+    x = jnp.zeros((4, 6))
+    assert active_mesh() is None
+    with jax.set_mesh(mesh):
+        assert active_mesh().shape == mesh.shape
+        jax.eval_shape(jax.shard_map(body, in_specs=P(BOTH), out_specs=P(BOTH)), x)
+    with jax.set_mesh(make_mesh({}, jax.devices()[:1])):
+        assert active_mesh() is None
+    assert seen == [None]
 
 
 def test_constrain(mesh):
