@@ -9,9 +9,13 @@ What a layer moves over `context` of n ranks, for B rows and H heads a device:
 
 - lightning (LASP+): one all-gather of states, n B H K V float32, whatever the length, and four
   integers a row. The gradient is one reduce-scatter of the same size.
-- softmax: one all-gather of keys and of values, B T G K each, and half-stretches of queries and
-  outputs sent once each, 2 B T/n H K. The gradient moves the same the other way.
-- decoding one token: nothing; ranks of `context` repeat each other.
+- softmax: one all-gather of keys and of values, B T G K each, of places and segment ids, B T
+  integers each, and half-stretches of queries and outputs sent once each, 2 B T/n H K. The gradient
+  moves the same the other way, integers apart. Every rank does the same work under a causal mask.
+- on a cache: as softmax, for prefill; nothing for one token, where ranks repeat each other. The
+  cache itself is whole on every rank of `context`.
+
+KV heads are never repeated over `model`, so `model` has to divide them: at most 8 for M1.
 """
 
 from __future__ import annotations
