@@ -12,7 +12,8 @@ from mmjax.config import ModelConfig
 from mmjax.layers import weights
 from mmjax.layers.experts import Weights, apply_experts
 from mmjax.layers.router import RouterStats, expert_capacity, route
-from mmjax.parallel.experts import apply_sharded_experts, mesh_in_context
+from mmjax.parallel.experts import apply_sharded_experts
+from mmjax.sharding import active_mesh
 
 # Tokens that visit the experts together on a CPU: their rows stay in its caches.
 CPU_TOKENS = 2048
@@ -55,7 +56,7 @@ class MoE(nnx.Module):
         if drop and self.capacity_factor:
             experts = self.w1.shape[0]
             capacity = expert_capacity(self.capacity_factor, real.size, self.top_k, experts)
-        if mesh_in_context() is None:
+        if active_mesh() is None:
             out, stats = self._on_one_device(x, real, capacity)
         else:
             kernels, router = self._kernels(), self.router[...]

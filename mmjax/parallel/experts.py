@@ -40,7 +40,7 @@ from mmjax.layers.experts import (
     weighted_sum,
 )
 from mmjax.layers.router import RouterStats, route
-from mmjax.sharding import MESH_AXES, ShardingError
+from mmjax.sharding import MESH_AXES, ShardingError, active_mesh
 
 # Parts of the tokens whose exchange and experts may overlap.
 PARTS = 2
@@ -85,14 +85,6 @@ class Plan(NamedTuple):
         return max(1, min(even, tokens * min(self.top_k, self.local_experts)))
 
 
-def mesh_in_context() -> jax.sharding.AbstractMesh | None:
-    """The mesh of `jax.set_mesh` where it has the axes of `make_mesh` and several devices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or not set(MESH_AXES) <= set(mesh.axis_names):
-        return None
-    return mesh
-
-
 def apply_sharded_experts(
     x: Float[Array, "B T D"],
     real: Bool[Array, "B T"],
@@ -124,7 +116,7 @@ def apply_sharded_experts(
 
     Source: MiniMax-01 (arXiv 2501.08313), sections 2.1 and 3.1.
     """
-    mesh = mesh_in_context()
+    mesh = active_mesh()
     assert mesh is not None
     _check_division(kernels.w1.shape, dict(mesh.shape))
     plan = _plan(x.shape, kernels.w1.shape[0], dict(mesh.shape), top_k, capacity)
