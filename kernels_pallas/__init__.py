@@ -1,6 +1,11 @@
 """Array kernels of the MiniMax-01 / M1 family. Arrays in, arrays out: no modules, no meshes."""
 
-from kernels_pallas.grouped_matmul import grouped_matmul
+from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
 from kernels_pallas.lightning_attention import lightning_attention, lightning_attention_step
 
-__all__ = ["grouped_matmul", "lightning_attention", "lightning_attention_step"]
+__all__ = [
+    "grouped_matmul",
+    "grouped_swiglu",
+    "lightning_attention",
+    "lightning_attention_step",
+]

@@ -154,6 +154,27 @@ def grouped_oracle(inputs: GroupedInputs) -> GroupedResults:
     return GroupedResults(out, d_lhs, d_rhs)
 
 
+class SwigluResults(NamedTuple):
+    """The result of `grouped_swiglu` and the gradients of <out, d_out>."""
+
+    out: np.ndarray
+    d_lhs: np.ndarray
+    d_w1: np.ndarray
+    d_w3: np.ndarray
+
+
+def swiglu_oracle(inputs: GroupedInputs, w3: np.ndarray) -> SwigluResults:
+    """silu(lhs rhs) (lhs w3) of each group, in float64; rhs is w1."""
+    h1, h3 = (grouped_oracle(inputs._replace(rhs=w)).out for w in (inputs.rhs, w3))
+    share = 1 / (1 + np.exp(-h1))
+    d_out = inputs.d_out.astype(np.float64)
+    d_h1 = d_out * h3 * share * (1 + h1 * (1 - share))
+    d_h3 = d_out * h1 * share
+    gate = grouped_oracle(inputs._replace(d_out=d_h1))
+    gated = grouped_oracle(inputs._replace(rhs=w3, d_out=d_h3))
+    return SwigluResults(h1 * share * h3, gate.d_lhs + gated.d_lhs, gate.d_rhs, gated.d_rhs)
+
+
 def tolerance(dtype: str, reduction_length: int) -> float:
     """Largest error against float64, as a share of the largest element of the result.
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import dispatch, tuning
+from kernels_pallas.grouped_matmul import api as grouped_api
+from kernels_pallas.grouped_matmul import mosaic_gpu as grouped_gpu
+from kernels_pallas.grouped_matmul import shapes as grouped_shapes
+from kernels_pallas.grouped_matmul.reference import grouped_matmul_reference
+from kernels_pallas.grouped_matmul.swiglu import swiglu_through
 from kernels_pallas.lightning_attention import mosaic_gpu
 from kernels_pallas.lightning_attention.api import shape_key
 from kernels_pallas.lightning_attention.chunked import lightning_attention_chunked
@@ -76,18 +82,11 @@ def _relative_error(got: jax.Array, wanted: jax.Array) -> float:
     return float(jnp.linalg.norm(got.astype(jnp.float32) - wanted) / jnp.linalg.norm(wanted))
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Command line of this module."""
-    parser = argparse.ArgumentParser(description="Tune block sizes on this GPU.")
-    parser.add_argument("op", choices=["lightning_attention"])
-    parser.add_argument("--max-length", type=int, default=2**20, help="leave out longer shapes")
-    args = parser.parse_args(argv)
-    target = dispatch.target()
-    if reason := target.why_not_hopper():
-        sys.exit(f"kernels_pallas.tune: {reason}")
+def tune_lightning_layers(longest: int, target: dispatch.Target) -> None:
+    """Tunes lightning attention at the shapes of real models, up to a length."""
     for shape in LAYERS:
         print(shape, flush=True)
-        if shape.length > args.max_length:
+        if shape.length > longest:
             continue
         best = tune_lightning_attention(shape, target)
         if best is None:
@@ -95,8 +94,133 @@ def main(argv: list[str] | None = None) -> None:
         dims = (shape.batch, shape.length, shape.heads, DIM)
         like = jax.ShapeDtypeStruct(dims, jnp.bfloat16)
         key = shape_key(like, like)
-        file = tuning.store(target.kind, args.op, "mosaic_gpu", key, best._asdict())
+        file = tuning.store(target.kind, "lightning_attention", "mosaic_gpu", key, best._asdict())
         print(f"{key}: {best} -> {file}")
+
+
+def grouped_candidates(what: str, rows: int, groups: int) -> list[grouped_gpu.Blocks]:
+    """Blocks worth trying for a pass: the default, and its neighbours."""
+    default = grouped_gpu.default_blocks(what, rows, groups)
+    if default.rows < grouped_gpu.Blocks().rows:
+        # As many stages as shared memory holds; SwiGLU halves the columns of a tile.
+        narrower = [(128, 8)] if what == "swiglu" else [(128, 8), (64, 12)]
+        return [default, *(default._replace(columns=n, stages=s) for n, s in narrower)]
+    return [default._replace(panel=panel) for panel in (4, 8, 12)]
+
+
+# A pass of a grouped op: of lhs, the matrices, sizes and d_out.
+type _Pass = Callable[..., Any]
+
+
+def grouped_passes(blocks: grouped_gpu.Blocks, cores: int) -> dict[str, _Pass]:
+    """What each entry of the tuned file decides about, run with these blocks."""
+    passes = grouped_gpu.Passes(blocks, blocks, blocks, cores)
+
+    def product(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array, _: int = 1) -> jax.Array:
+        return grouped_gpu.grouped_matmul_mosaic_gpu(lhs, rhs, sizes, passes)
+
+    def swiglu(*args: jax.Array) -> jax.Array:
+        return grouped_gpu.grouped_swiglu_mosaic_gpu(*args[:-1], passes)
+
+    return _passes_of(product, swiglu)
+
+
+def _passes_of(
+    product: Callable[..., jax.Array], swiglu: Callable[..., jax.Array]
+) -> dict[str, _Pass]:
+    def d_lhs(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array, d_out: jax.Array) -> jax.Array:
+        return jax.vjp(lambda lhs: product(lhs, rhs, sizes, 1), lhs)[1](d_out)[0]
+
+    def d_rhs(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array, d_out: jax.Array) -> jax.Array:
+        return jax.vjp(lambda rhs: product(lhs, rhs, sizes, 1), rhs)[1](d_out)[0]
+
+    return {
+        "forward": lambda lhs, rhs, sizes, d_out: product(lhs, rhs, sizes, 1),
+        "swiglu": lambda lhs, rhs, sizes, d_out: swiglu(lhs, rhs, rhs[::-1], sizes, 1),
+        "d_lhs": d_lhs,
+        "d_rhs": d_rhs,
+    }
+
+
+def tune_grouped_pass(
+    what: str, shape: grouped_shapes.Shape, target: dispatch.Target
+) -> grouped_gpu.Blocks | None:
+    """The fastest right blocks of a pass at balanced and skewed sizes; None if all were wrong."""
+    rows, inner, columns, groups = shape
+    keys = jax.random.split(jax.random.key(0), 3)
+    dims = (rows, inner), (groups, inner, columns), (rows, columns)
+    lhs, rhs, d_out = (
+        (jax.random.normal(key, x) * scale).astype(jnp.bfloat16)
+        for key, x, scale in zip(keys, dims, (1, inner**-0.5, 1), strict=True)
+    )
+    # The reference multiplies every row with every matrix: a part of the rows is enough for it.
+    part = shape._replace(rows=min(rows, 1024))
+    part_sizes = jnp.asarray(grouped_shapes.skewed(part))
+    parts = [lhs[: part.rows], rhs, part_sizes, d_out[: part.rows]]
+    exact = _passes_of(grouped_matmul_reference, swiglu_through(grouped_matmul_reference))[what]
+    wanted = jax.jit(exact)(
+        *(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in parts)
+    )
+    many = shape in grouped_shapes.LAYERS
+    routings = [grouped_shapes.by_chance(shape)]
+    if many:
+        routings = [grouped_shapes.balanced(shape), grouped_shapes.skewed(shape)]
+    candidates = grouped_candidates(what, rows, groups)
+    runs = [jax.jit(grouped_passes(blocks, target.cores)[what]) for blocks in candidates]
+
+    def compiled(run: Any) -> Any:
+        return [run.lower(lhs, rhs, part_sizes, d_out).compile(), run.lower(*parts).compile()]
+
+    with ThreadPoolExecutor() as pool:
+        programs = list(pool.map(compiled, runs))
+    times: dict[grouped_gpu.Blocks, float] = {}
+    for blocks, (run, run_part) in zip(candidates, programs, strict=True):
+        error = _relative_error(run_part(*parts), wanted)
+        if not error <= _BOUND:
+            print(f"refused {blocks}: relative error {error:.1e} > {_BOUND}")
+            continue
+        times[blocks] = sum(
+            milliseconds(partial(run, lhs, rhs, jnp.asarray(sizes), d_out)) for sizes in routings
+        )
+        print(f"  {what} {blocks}: {times[blocks]:.3f} ms, error {error:.1e}", flush=True)
+    return min(times, key=times.__getitem__, default=None)
+
+
+def tune_grouped_layers(rows: int | None, target: dispatch.Target) -> None:
+    """Tunes the passes of the grouped product at the shapes of real models, of so many rows."""
+    up, down = grouped_shapes.LAYERS
+    few = grouped_shapes.DECODING[-1]
+    wanted = [(up, ("forward", "swiglu", "d_lhs", "d_rhs")), (down, ("forward", "d_lhs", "d_rhs"))]
+    for shape, passes in [*wanted, (few, ("forward", "swiglu"))]:
+        if rows not in (None, shape.rows):
+            continue
+        like = jax.ShapeDtypeStruct((shape.rows, shape.inner), jnp.bfloat16)
+        matrices = jax.ShapeDtypeStruct((shape.groups, shape.inner, shape.columns), jnp.bfloat16)
+        for what in passes:
+            best = tune_grouped_pass(what, shape, target)
+            if best is None:
+                sys.exit(f"kernels_pallas.tune: no configuration of {what} is right at {shape}")
+            key = grouped_api.shape_key(what, like, matrices)
+            file = tuning.store(target.kind, "grouped_matmul", "mosaic_gpu", key, best._asdict())
+            print(f"{key}: {best} -> {file}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(description="Tune block sizes on this GPU.")
+    parser.add_argument("op", choices=["lightning_attention", "grouped_matmul"])
+    parser.add_argument(
+        "--max-length", type=int, default=2**20, help="lightning_attention: leave out longer shapes"
+    )
+    parser.add_argument("--rows", type=int, help="grouped_matmul: shapes of so many rows alone")
+    args = parser.parse_args(argv)
+    target = dispatch.target()
+    if reason := target.why_not_hopper():
+        sys.exit(f"kernels_pallas.tune: {reason}")
+    if args.op == "grouped_matmul":
+        tune_grouped_layers(args.rows, target)
+    else:
+        tune_lightning_layers(args.max_length, target)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+import jax
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas import dispatch
+from kernels_pallas import dispatch, tuning
 from kernels_pallas.dispatch import Candidate
+from kernels_pallas.grouped_matmul import mosaic_gpu, mosaic_tpu
 from kernels_pallas.grouped_matmul.chunked import grouped_matmul_chunked
 from kernels_pallas.grouped_matmul.reference import grouped_matmul_reference
+from kernels_pallas.grouped_matmul.swiglu import swiglu_through
 
-_IMPLEMENTATIONS: dict[str, Candidate[Callable[..., Array]]] = {
-    "chunked": Candidate(grouped_matmul_chunked),
-    "reference": Candidate(grouped_matmul_reference),
-}
+type _Shaped = jax.Array | jax.ShapeDtypeStruct
 
 
 def grouped_matmul(
@@ -34,8 +35,9 @@ def grouped_matmul(
       rhs: One matrix [K, N] for each of E groups.
       group_sizes: Rows of each group [E] int32, 0 allowed, sum <= M.
       row_align: A promise that every group size, and M, is a multiple of this: blocks of rows
-        then never straddle two groups.
-      implementation: None for the best one on the arrays' platform, or "reference" | "chunked".
+        then never straddle two groups. "chunked" gains by it, the kernels do not need it.
+      implementation: None for the best one on the arrays' platform, or "reference" | "chunked" |
+        "mosaic_tpu" | "mosaic_gpu".
 
     Returns:
       [M, N] in lhs.dtype; rows past the last group are zero.
@@ -44,14 +46,123 @@ def grouped_matmul(
       kernels_pallas.dispatch.UnavailableError: the named implementation cannot run.
       ValueError: shapes that do not fit together.
     """
-    if lhs.shape[1] != rhs.shape[1] or group_sizes.shape != rhs.shape[:1]:
+    _check("grouped_matmul", lhs, {"rhs": rhs}, group_sizes, row_align)
+    target = dispatch.target(lhs, rhs)
+    candidates: dict[str, Candidate[Callable[..., Array]]] = {
+        "mosaic_tpu": Candidate(
+            _without_align(mosaic_tpu.grouped_matmul_mosaic_tpu),
+            target.why_not_tpu() or mosaic_tpu.why_not(lhs, rhs),
+        ),
+        "mosaic_gpu": Candidate(
+            _without_align(
+                partial(
+                    mosaic_gpu.grouped_matmul_mosaic_gpu,
+                    passes=gpu_passes("forward", lhs, rhs, target),
+                )
+            ),
+            target.why_not_hopper() or mosaic_gpu.why_not(lhs, rhs),
+        ),
+        "chunked": Candidate(grouped_matmul_chunked),
+        "reference": Candidate(grouped_matmul_reference),
+    }
+    run = dispatch.resolve("grouped_matmul", implementation, candidates)
+    return run(lhs, rhs, group_sizes, row_align)
+
+
+def grouped_swiglu(
+    lhs: Float[Array, "M K"],
+    w1: Float[Array, "E K N"],
+    w3: Float[Array, "E K N"],
+    group_sizes: Int32[Array, " E"],
+    *,
+    row_align: int = 1,
+    implementation: str | None = None,
+) -> Float[Array, "M N"]:
+    """silu(lhs w1) (lhs w3), with the matrices of each contiguous group of rows.
+
+    Differentiable in lhs, w1 and w3. The kernels keep both products for the backward, in
+    lhs.dtype, and compute nothing twice; under `jax.checkpoint` they are computed again.
+
+    Args:
+      lhs: Rows [M, K], group after group.
+      w1: One matrix [K, N] for each of E groups, of the gate.
+      w3: As w1, of what is gated.
+      group_sizes: Rows of each group [E] int32, 0 allowed, sum <= M.
+      row_align: As for `grouped_matmul`.
+      implementation: As for `grouped_matmul`.
+
+    Returns:
+      [M, N] in lhs.dtype; rows past the last group are zero.
+
+    Raises:
+      kernels_pallas.dispatch.UnavailableError: the named implementation cannot run.
+      ValueError: shapes that do not fit together.
+
+    Source: GLU Variants Improve Transformer (arXiv 2002.05202), eq. 6, without its last product.
+    """
+    _check("grouped_swiglu", lhs, {"w1": w1, "w3": w3}, group_sizes, row_align)
+    target = dispatch.target(lhs, w1, w3)
+    candidates: dict[str, Candidate[Callable[..., Array]]] = {
+        "mosaic_tpu": Candidate(
+            _without_align(mosaic_tpu.grouped_swiglu_mosaic_tpu),
+            target.why_not_tpu() or mosaic_tpu.why_not(lhs, w1, w3),
+        ),
+        "mosaic_gpu": Candidate(
+            _without_align(
+                partial(
+                    mosaic_gpu.grouped_swiglu_mosaic_gpu,
+                    passes=gpu_passes("swiglu", lhs, w1, target),
+                )
+            ),
+            target.why_not_hopper() or mosaic_gpu.why_not(lhs, w1, w3),
+        ),
+        "chunked": Candidate(swiglu_through(grouped_matmul_chunked)),
+        "reference": Candidate(swiglu_through(grouped_matmul_reference)),
+    }
+    run = dispatch.resolve("grouped_swiglu", implementation, candidates)
+    return run(lhs, w1, w3, group_sizes, row_align)
+
+
+def shape_key(what: str, lhs: _Shaped, rhs: _Shaped) -> str:
+    """The name of a pass at a shape in the files of tuned blocks; rows up to a power of two."""
+    rows = 1 << max(lhs.shape[0] - 1, 0).bit_length()
+    groups, inner, columns = rhs.shape
+    return tuning.shape_key(M=rows, K=inner, N=columns, E=groups, **{"pass": what})
+
+
+def gpu_passes(
+    forward: str, lhs: _Shaped, rhs: _Shaped, target: dispatch.Target
+) -> mosaic_gpu.Passes:
+    """Blocks tuned for this shape on this GPU, or the default; forward: "forward" | "swiglu"."""
+
+    def blocks(what: str) -> mosaic_gpu.Blocks:
+        key = shape_key(what, lhs, rhs)
+        fields = tuning.tuned(target.kind, "grouped_matmul", "mosaic_gpu", key)
+        if fields is not None:
+            return mosaic_gpu.Blocks(**fields)
+        return mosaic_gpu.default_blocks(what, lhs.shape[0], rhs.shape[0])
+
+    return mosaic_gpu.Passes(blocks(forward), blocks("d_lhs"), blocks("d_rhs"), target.cores)
+
+
+def _without_align(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    return lambda *args: run(*args[:-1])
+
+
+def _check(
+    op: str,
+    lhs: jax.Array,
+    matrices: dict[str, jax.Array],
+    group_sizes: jax.Array,
+    row_align: int,
+) -> None:
+    shapes = {x.shape for x in matrices.values()}
+    groups, inner, _ = next(iter(shapes))
+    if len(shapes) > 1 or lhs.shape[1] != inner or group_sizes.shape != (groups,):
+        names = ", ".join(f"{name} {x.shape}" for name, x in matrices.items())
         raise ValueError(
-            f"grouped_matmul: lhs {lhs.shape}, rhs {rhs.shape} and group_sizes "
-            f"{group_sizes.shape} do not fit [M, K] x [E, K, N] with [E] sizes"
+            f"{op}: lhs {lhs.shape}, {names} and group_sizes {group_sizes.shape} do not fit "
+            f"[M, K] x [E, K, N] with [E] sizes"
         )
     if row_align < 1 or lhs.shape[0] % row_align:
-        raise ValueError(
-            f"grouped_matmul: {lhs.shape[0]} rows are no multiple of row_align {row_align}"
-        )
-    run = dispatch.resolve("grouped_matmul", implementation, _IMPLEMENTATIONS)
-    return run(lhs, rhs, group_sizes, row_align)
+        raise ValueError(f"{op}: {lhs.shape[0]} rows are no multiple of row_align {row_align}")

@@ -16,5 +16,7 @@ def grouped_matmul_reference(
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(lhs.shape[0], dtype=jnp.int32)
     owned = (row[:, None] < ends[None]) & (row[:, None] >= (ends - group_sizes)[None])  # [M, E]
+    # Rows of no group may hold anything, and the gradient in rhs contracts all rows.
+    lhs = jnp.where(owned.any(1, keepdims=True), lhs, 0)
     every = einsum32("mk,ekn->men", lhs, rhs, lhs.dtype)
     return jnp.sum(jnp.where(owned[:, :, None], every, 0), axis=1).astype(lhs.dtype)

@@ -1,0 +1,569 @@
+"""The grouped product and SwiGLU on Hopper, in Pallas on Mosaic GPU: two persistent kernels.
+
+`_rows_kernel` multiplies tiles of rows with the matrix of their group: the product itself, its
+gradient in lhs (rhs read through a transposed view of shared memory), and both up-projections of
+SwiGLU at once. `_matrices_kernel` contracts each group's rows: the gradient in rhs.
+
+Each multiprocessor holds one block of threads that walks over tiles: one warp group keeps TMA loads
+in flight through a ring of stages, across the borders of tiles, and one or two issue WGMMA and
+write results, 64 rows of a tile each. Tiles of rows start at the first multiple of eight at or
+before their group's first row, which is what TMA can address, and are listed in a table that XLA
+computes (`row_tiles`). Rows of other groups in a tile are computed and not stored, or masked where
+they are contracted. The rows past the last group are one more group, whose product has no terms.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.grouped_matmul.swiglu import gate, gate_gradients
+
+type Ref = Any  # Pallas' references and the scalars inside a kernel have no public type.
+type Scalar = Any
+type _Shaped = jax.Array | jax.ShapeDtypeStruct
+
+# A tile of shared memory that TMA writes and WGMMA reads has rows of 128 bytes, in groups of 8.
+_LANES, _ROWS = 64, 8
+_SWIZZLED = (
+    plgpu.TilingTransform((_ROWS, _LANES)),  # type: ignore[abstract]
+    plgpu.SwizzleTransform(128),  # type: ignore[abstract]
+)
+# Rows of a tile that a warp group multiplies, and the side of the squares that it stores.
+_PIECE = 64
+# A tile of few rows loads no more than this many of its left operand.
+_FEW = 16
+_LOADER_REGISTERS, _WORKER_REGISTERS = 24, 240
+_PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+
+
+class Blocks(NamedTuple):
+    """How the work is cut.
+
+    rows, columns: of a tile of the result; rows are 64 for each warp group that multiplies, columns
+    a multiple of 64 (of 128 for SwiGLU). stages: loads in flight. panel: tiles side by side that
+    are worked on together, so that L2 holds what they share.
+    """
+
+    rows: int = 128
+    columns: int = 256
+    stages: int = 4
+    panel: int = 8
+
+
+# Few rows a group: many small loads of the matrices, which are all there is to read.
+_DECODING = Blocks(rows=64, columns=256, stages=5)
+
+
+def why_not(lhs: _Shaped, *rhs: _Shaped) -> str | None:
+    """Why the kernels cannot take lhs [M, K] and matrices [E, K, N]; None where they can."""
+    dtypes = {x.dtype for x in (lhs, *rhs)}
+    if dtypes != {jnp.dtype(jnp.bfloat16)}:
+        # The tensor cores have TF32 and no float32.
+        return f"it takes bfloat16; got {', '.join(sorted(map(str, dtypes)))}"
+    inner, columns = rhs[0].shape[1:]
+    if inner % _LANES or columns % _LANES or not (inner and columns):
+        return f"it needs K and N in multiples of {_LANES}; got K = {inner}, N = {columns}"
+    return None
+
+
+def default_blocks(what: str, rows: int, groups: int) -> Blocks:
+    """Blocks of a pass ("forward" | "swiglu" | "d_lhs" | "d_rhs") over rows in groups."""
+    return _DECODING if what != "d_rhs" and rows <= _PIECE * groups else Blocks()
+
+
+class Passes(NamedTuple):
+    """Blocks of the product and of its gradients in lhs and rhs, and the GPU's multiprocessors."""
+
+    forward: Blocks
+    d_lhs: Blocks
+    d_rhs: Blocks
+    cores: int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul_mosaic_gpu(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, passes: Passes
+) -> jax.Array:
+    """`grouped_matmul` on Hopper; see the public function."""
+    blocks, cores = passes.forward, passes.cores
+    return _rows_kernel([lhs], [rhs], group_sizes, blocks, cores)[0]
+
+
+def _forward(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, passes: Passes
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return grouped_matmul_mosaic_gpu(lhs, rhs, group_sizes, passes), (lhs, rhs, group_sizes)
+
+
+def _backward(
+    passes: Passes, residuals: tuple[jax.Array, ...], d_out: jax.Array
+) -> tuple[jax.Array, jax.Array, np.ndarray]:
+    lhs, rhs, sizes = residuals
+    [d_lhs] = _rows_kernel([d_out], [rhs], sizes, passes.d_lhs, passes.cores, transposed=True)
+    d_rhs = _matrices_kernel(lhs, d_out, sizes, passes.d_rhs, passes.cores)
+    return d_lhs, d_rhs, np.zeros(sizes.shape, jax.dtypes.float0)
+
+
+grouped_matmul_mosaic_gpu.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def grouped_swiglu_mosaic_gpu(
+    lhs: jax.Array, w1: jax.Array, w3: jax.Array, group_sizes: jax.Array, passes: Passes
+) -> jax.Array:
+    """`grouped_swiglu` on Hopper; see the public function."""
+    blocks, cores = passes.forward, passes.cores
+    epilogue = _Epilogue(1, lambda h1, h3: (gate(h1, h3),))
+    return _rows_kernel([lhs], [w1, w3], group_sizes, blocks, cores, epilogue=epilogue)[0]
+
+
+def _swiglu_forward(
+    lhs: jax.Array, w1: jax.Array, w3: jax.Array, group_sizes: jax.Array, passes: Passes
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    blocks, cores = passes.forward, passes.cores
+    epilogue = _Epilogue(3, lambda h1, h3: (gate(h1, h3), h1, h3))
+    out, h1, h3 = _rows_kernel([lhs], [w1, w3], group_sizes, blocks, cores, epilogue=epilogue)
+    return out, (lhs, w1, w3, group_sizes, h1, h3)
+
+
+def _swiglu_backward(
+    passes: Passes, residuals: tuple[jax.Array, ...], d_out: jax.Array
+) -> tuple[jax.Array | np.ndarray, ...]:
+    lhs, w1, w3, sizes, h1, h3 = residuals
+    d_h = gate_gradients(h1, h3, d_out)
+    [d_lhs] = _rows_kernel(d_h, [w1, w3], sizes, passes.d_lhs, passes.cores, transposed=True)
+    d_w1, d_w3 = (_matrices_kernel(lhs, d, sizes, passes.d_rhs, passes.cores) for d in d_h)
+    return d_lhs, d_w1, d_w3, np.zeros(sizes.shape, jax.dtypes.float0)
+
+
+grouped_swiglu_mosaic_gpu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+class _Epilogue(NamedTuple):
+    """What becomes of the products of a tile: so many results."""
+
+    outputs: int = 1
+    results: Callable[..., Sequence[jax.Array]] = lambda x: (x,)
+
+
+class RowTiles(NamedTuple):
+    """Tiles of rows, [T] int32 each with T enough for any sizes.
+
+    group: E for the rows past the last group; row: the tile's first, a multiple of eight; the rows
+    low <= row < high of the tile belong to the group. ends [E + 1]: tiles up to and with a group's.
+    """
+
+    group: Any
+    row: Any
+    low: Any
+    high: Any
+    ends: Any
+
+
+def row_tiles(group_sizes: jax.Array, rows: int, block: int) -> RowTiles:
+    """Tiles of `block` rows, in three small kernels of XLA's: a decoding step waits for them.
+
+    Sums through a mask, where JAX's cumsum and gathers are a chain of many.
+    """
+    groups = group_sizes.shape[0]
+    index = jnp.arange(groups + 1, dtype=jnp.int32)
+    before = index[None] < index[:, None]  # [E + 1, E + 1]
+    starts = jnp.sum(jnp.where(before[:, :groups], group_sizes[None], 0), axis=1, dtype=jnp.int32)
+    ends = jnp.where(index < groups, starts + jnp.pad(group_sizes, (0, 1)), rows)
+    firsts = starts // _ROWS * _ROWS
+    counts = jnp.where(ends > starts, (ends - firsts + block - 1) // block, 0)
+    tiles = jnp.sum(jnp.where(before, counts[None], 0), axis=1, dtype=jnp.int32)[None]
+    most = (rows + (_ROWS - 1) * (groups + 1)) // block + groups + 1
+    place = jnp.arange(most, dtype=jnp.int32)[:, None] - tiles  # of a tile in each group [T, E + 1]
+    row = firsts[None] + place * block
+
+    def chosen(x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where((place >= 0) & (place < counts[None]), x, 0), 1, dtype=jnp.int32)
+
+    low = jnp.maximum(starts[None] - row, 0)
+    high = jnp.minimum(ends[None] - row, block)
+    return RowTiles(chosen(index[None]), chosen(row), chosen(low), chosen(high), tiles[0] + counts)
+
+
+def _rows_kernel(
+    lhs: Sequence[jax.Array],
+    rhs: Sequence[jax.Array],
+    group_sizes: jax.Array,
+    blocks: Blocks,
+    cores: int,
+    *,
+    transposed: bool = False,
+    epilogue: _Epilogue = _Epilogue(),  # noqa: B008
+) -> list[jax.Array]:
+    """Rows times their group's matrix, [M, N] each.
+
+    With as many lhs as rhs, the sum of their products; with one lhs, the epilogue of its product
+    with each rhs. `transposed`: rhs is [E, N, K].
+    """
+    rows = lhs[0].shape[0]
+    lhs = [_pad_rows(x) for x in lhs]
+    padded, inner = lhs[0].shape
+    groups, columns = rhs[0].shape[0], rhs[0].shape[1 if transposed else 2]
+    products = len(rhs) // len(lhs)
+    width = blocks.columns // products
+    tiles_across = pl.cdiv(columns, width)
+    steps = inner // _LANES
+
+    def body(*refs: Ref) -> None:
+        lhs_refs, refs = refs[: len(lhs)], refs[len(lhs) :]
+        rhs_refs, refs = refs[: len(rhs)], refs[len(rhs) :]
+        table, refs = RowTiles(*refs[:5]), refs[5:]
+        outs, (lhs_tile, rhs_tile, buffers, loaded, consumed) = (
+            refs[: epilogue.outputs],
+            refs[epilogue.outputs :],
+        )
+        offset = lax.axis_index("warp_group") * _PIECE  # of a worker's rows in the tile
+
+        def tile(i: Scalar) -> _Tile:
+            place, column = _place(i, table.ends[groups], tiles_across, blocks.panel)
+            group, row, low, high = (x[place] for x in table[:4])
+            terms = jnp.where(group < groups, steps * len(lhs), 0)
+            return _Tile(group, row, column * width, low, high, terms)
+
+        def load(tile: _Tile, k: Scalar, stage: Scalar) -> None:
+            for n, left in enumerate(lhs_refs):
+                right = rhs_refs[n * products : (n + 1) * products]
+                turn = (k >= n * steps) & (k < (n + 1) * steps)
+                pl.when(turn)(functools.partial(copy, tile, left, right, k - n * steps, stage))
+
+        def copy(tile: _Tile, left: Ref, right: Sequence[Ref], k: Scalar, stage: Scalar) -> None:
+            terms, window = pl.ds(k * _LANES, _LANES), pl.ds(tile.column, width)
+            row = pl.multiple_of(tile.row, _ROWS)
+
+            def copy_left(count: int) -> None:
+                plgpu.copy_gmem_to_smem(
+                    left.at[pl.ds(row, count), terms],
+                    lhs_tile.at[stage, pl.ds(0, count)],
+                    loaded.at[stage],
+                )
+
+            few = tile.high <= _FEW
+            pl.when(few)(lambda: copy_left(_FEW))
+            pl.when(jnp.logical_not(few))(lambda: copy_left(blocks.rows))
+            for n, ref in enumerate(right):
+                source = (window, terms) if transposed else (terms, window)
+                plgpu.copy_gmem_to_smem(
+                    ref.at[tile.group, *source], rhs_tile.at[stage, n], loaded.at[stage]
+                )
+
+        def multiply(tile: _Tile, k: Scalar, stage: Scalar, sums: Sequence[Ref]) -> None:
+            left = lhs_tile.at[stage, pl.ds(offset, _PIECE)]
+            for n, x in enumerate(sums):
+                right = rhs_tile.at[stage, n]
+                plgpu.wgmma(x, left, right.transpose((1, 0)) if transposed else right)
+
+        def store(tile: _Tile, sums: Sequence[jax.Array]) -> None:
+            bounds = _Bounds(tile.low - offset, tile.high - offset, columns - tile.column)
+            for out, x in zip(outs, epilogue.results(*sums), strict=True):
+
+                def window(row: Scalar, column: int, rows: int, out: Ref = out) -> Ref:
+                    first = tile.row + offset + row
+                    if rows == _PIECE:
+                        first = pl.multiple_of(first, _ROWS)
+                    return out.at[pl.ds(first, rows), pl.ds(tile.column + column, _PIECE)]
+
+                _store(buffers, x, bounds, window)
+
+        work = _Work(table.ends[groups] * tiles_across, tile, load, multiply, store)
+        _walk(work, blocks, [(_PIECE, width)] * products, loaded, consumed)
+
+    out = jax.ShapeDtypeStruct((padded, columns), jnp.bfloat16)
+    right = (width, _LANES) if transposed else (_LANES, width)
+    run = _kernel(
+        body, blocks, cores, [out] * epilogue.outputs, (blocks.rows, _LANES), (products, *right)
+    )
+    outs = run(*lhs, *rhs, *row_tiles(group_sizes, padded, blocks.rows))
+    return [x[:rows] for x in outs]
+
+
+def _matrices_kernel(
+    lhs: jax.Array, d_out: jax.Array, group_sizes: jax.Array, blocks: Blocks, cores: int
+) -> jax.Array:
+    """lhsᵀ d_out over the rows of each group, [E, K, N]."""
+    lhs, d_out = _pad_rows(lhs), _pad_rows(d_out)
+    groups, tall, wide = group_sizes.shape[0], lhs.shape[1], d_out.shape[1]
+    down, across = pl.cdiv(tall, blocks.rows), pl.cdiv(wide, blocks.columns)
+
+    def body(*refs: Ref) -> None:
+        lhs_ref, d_out_ref, ends, out, lhs_tile, d_out_tile, buffers, loaded, consumed = refs
+        offset = lax.axis_index("warp_group") * _PIECE  # of a worker's rows in the tile
+
+        def first_row(group: Scalar) -> Scalar:
+            return lax.div(ends[group], jnp.int32(_ROWS)) * _ROWS
+
+        def tile(i: Scalar) -> _Tile:
+            group = lax.div(i, jnp.int32(down * across))
+            place, column = _place(i - group * (down * across), down, across, blocks.panel)
+            # Here low and high bound the rows that are contracted.
+            start, end = ends[group], ends[group + 1]
+            low, high = start - first_row(group), end - first_row(group)
+            terms = jnp.where(end > start, lax.div(high + _LANES - 1, jnp.int32(_LANES)), 0)
+            row, column = place * blocks.rows, column * blocks.columns
+            return _Tile(group, row, column, low, high, terms)
+
+        def load(tile: _Tile, k: Scalar, stage: Scalar) -> None:
+            terms = pl.ds(pl.multiple_of(first_row(tile.group) + k * _LANES, _ROWS), _LANES)
+            plgpu.copy_gmem_to_smem(
+                lhs_ref.at[terms, pl.ds(tile.row, blocks.rows)],
+                lhs_tile.at[stage],
+                loaded.at[stage],
+            )
+            plgpu.copy_gmem_to_smem(
+                d_out_ref.at[terms, pl.ds(tile.column, blocks.columns)],
+                d_out_tile.at[stage, 0],
+                loaded.at[stage],
+            )
+
+        def multiply(tile: _Tile, k: Scalar, stage: Scalar, sums: Sequence[Ref]) -> None:
+            left = lhs_tile.at[stage, :, pl.ds(offset, _PIECE)]
+            right = d_out_tile.at[stage, 0]
+            low, high = tile.low - k * _LANES, tile.high - k * _LANES
+
+            # Both, since a row of another group may hold an infinity or NaN. Two workers write the
+            # same values to the right operand.
+            @pl.when((low > 0) | (high < _LANES))
+            def _mask() -> None:
+                _keep_rows(left, low, high)
+                _keep_rows(right, low, high)
+                plgpu.commit_smem()
+
+            plgpu.wgmma(sums[0], left.transpose((1, 0)), right)
+
+        def store(tile: _Tile, sums: Sequence[jax.Array]) -> None:
+            def window(row: Scalar, column: int, rows: int) -> Ref:
+                first = pl.multiple_of(tile.row + offset + row, _ROWS)
+                return out.at[tile.group, pl.ds(first, rows), pl.ds(tile.column + column, _PIECE)]
+
+            # Never a part of a piece, as K is a multiple of its rows.
+            bounds = _Bounds(jnp.int32(0), tall - tile.row - offset, wide - tile.column)
+            _store(buffers, sums[0], bounds, window)
+
+        work = _Work(jnp.int32(groups * down * across), tile, load, multiply, store)
+        _walk(work, blocks, [(_PIECE, blocks.columns)], loaded, consumed)
+
+    out = jax.ShapeDtypeStruct((groups, tall, wide), jnp.bfloat16)
+    left, right = (_LANES, blocks.rows), (1, _LANES, blocks.columns)
+    run = _kernel(body, blocks, cores, [out], left, right)
+    return run(lhs, d_out, jnp.cumsum(jnp.pad(group_sizes, (1, 0))))[0]
+
+
+def _pad_rows(x: jax.Array) -> jax.Array:
+    missing = -x.shape[0] % _ROWS
+    return jnp.pad(x, ((0, missing), (0, 0))) if missing else x
+
+
+def _kernel(
+    body: Callable[..., None],
+    blocks: Blocks,
+    cores: int,
+    outs: Sequence[jax.ShapeDtypeStruct],
+    left: tuple[int, int],
+    right: tuple[int, int, int],
+) -> Callable[..., list[jax.Array]]:
+    """A kernel of one block of threads for each multiprocessor.
+
+    left and right are the shapes of one step's operands, right with the number of them in front.
+    """
+    workers = blocks.rows // _PIECE
+    buffers = workers, 2, _PIECE, _PIECE
+    return plgpu.kernel(
+        body,
+        out_type=list(outs),
+        scratch_types=(
+            _swizzled(blocks.stages, *left),
+            _swizzled(blocks.stages, *right),
+            plgpu.RefUnion(_swizzled(*buffers), plgpu.SMEM(buffers, jnp.bfloat16)),
+            plgpu.Barrier(num_arrivals=1 + right[0], num_barriers=blocks.stages),
+            plgpu.Barrier(num_arrivals=workers, num_barriers=blocks.stages),
+        ),
+        grid=(cores,),
+        grid_names=("multiprocessor",),
+        num_threads=workers + 1,
+        thread_name="warp_group",
+        compiler_params=_PARAMS,
+    )
+
+
+def _swizzled(*shape: int) -> Any:
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=_SWIZZLED)
+
+
+# From here on code runs inside the kernels.
+
+
+class _Tile(NamedTuple):
+    """A tile of the result: the group of its matrix, its first row and column, the rows
+    low <= row < high, from the first, that belong to the group, and the steps of its contraction.
+    """
+
+    group: Scalar
+    row: Scalar
+    column: Scalar
+    low: Scalar
+    high: Scalar
+    steps: Scalar
+
+
+class _Bounds(NamedTuple):
+    """Of what is stored: low <= row < high, column < right."""
+
+    low: Scalar
+    high: Scalar
+    right: Scalar
+
+
+class _Work(NamedTuple):
+    """What the two kernels differ in.
+
+    tiles: how many; tile: the one at a position; load: starts the loads of one step; multiply:
+    starts the products of one step, one for each accumulator; store: starts to store a tile.
+    """
+
+    tiles: Scalar
+    tile: Callable[[Scalar], _Tile]
+    load: Callable[[_Tile, Scalar, Scalar], None]
+    multiply: Callable[[_Tile, Scalar, Scalar, Sequence[Ref]], None]
+    store: Callable[[_Tile, Sequence[jax.Array]], None]
+
+
+def _walk(
+    work: _Work,
+    blocks: Blocks,
+    accumulators: Sequence[tuple[int, int]],
+    loaded: Ref,
+    consumed: Ref,
+) -> None:
+    """Every so-manieth tile: the first warp groups multiply, the last one loads."""
+    workers, stages = blocks.rows // _PIECE, blocks.stages
+    first, step = lax.axis_index("multiprocessor"), lax.axis_size("multiprocessor")
+    walks = lax.div(work.tiles - first + step - 1, jnp.int32(step))
+    warp_group = lax.axis_index("warp_group")
+
+    def stage_of(n: Scalar) -> Scalar:
+        return lax.rem(n, jnp.int32(stages))
+
+    def multiply(walk: Scalar, done: Scalar) -> Scalar:
+        tile = work.tile(first + walk * step)
+
+        def contract(*sums: Ref) -> tuple[jax.Array, ...]:
+            @pl.loop(0, tile.steps)
+            def _step(k: Scalar) -> None:
+                stage = stage_of(done + k)
+                plgpu.barrier_wait(loaded.at[stage])
+                work.multiply(tile, k, stage, sums)
+                plgpu.wgmma_wait(len(sums))  # The products of the step before are done.
+                pl.when(k > 0)(lambda: release(done + k - 1))
+
+            return tuple(x[...] for x in sums)
+
+        def release(n: Scalar) -> None:
+            plgpu.barrier_arrive(consumed.at[stage_of(n)])
+
+        shapes = (plgpu.ACC(shape, jnp.float32) for shape in accumulators)
+        results = pl.run_scoped(contract, *shapes)
+        pl.when(tile.steps > 0)(lambda: release(done + tile.steps - 1))
+        work.store(tile, results)
+        return done + tile.steps
+
+    def load(walk: Scalar, done: Scalar) -> Scalar:
+        tile = work.tile(first + walk * step)
+
+        @pl.loop(0, tile.steps)
+        def _step(k: Scalar) -> None:
+            stage = stage_of(done + k)
+            pl.when(done + k >= stages)(lambda: plgpu.barrier_wait(consumed.at[stage]))
+            work.load(tile, k, stage)
+
+        return done + tile.steps
+
+    @pl.when(warp_group < workers)
+    def _multiply() -> None:
+        if workers > 1:
+            plgpu.set_max_registers(_WORKER_REGISTERS, action="increase")
+        lax.fori_loop(0, walks, multiply, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warp_group == workers)
+    def _load() -> None:
+        if workers > 1:
+            plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
+        lax.fori_loop(0, walks, load, jnp.int32(0))
+
+
+def _place(i: Scalar, rows: Scalar, columns: int, panel: int) -> tuple[Scalar, Scalar]:
+    """Row and column of the i-th tile of a grid, panel after panel of some columns."""
+    panel = next(p for p in range(min(panel, columns), 0, -1) if columns % p == 0)
+    which = lax.div(i, rows * panel)
+    inside = i - which * rows * panel
+    row = lax.div(inside, jnp.int32(panel))
+    return row, which * panel + (inside - row * panel)
+
+
+def _keep_rows(ref: Ref, low: Scalar, high: Scalar) -> None:
+    """Zeroes the rows of an operand that are not low <= row < high."""
+    for first in range(0, ref.shape[1], _LANES):
+        part = ref.at[:, pl.ds(first, _LANES)]
+        x = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+        row = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=plgpu.Layout.WGMMA)
+        part[...] = jnp.where((row >= low) & (row < high), x, jnp.bfloat16(0))
+
+
+def _store_unswizzled(ref: Ref, x: jax.Array) -> None:
+    """Stores with the bank conflicts of rows without a swizzle, which JAX 0.12 has to be asked for
+    and JAX 0.11 cannot be.
+    """
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, x, optimized=False)
+    else:
+        ref[...] = x
+
+
+def _store(buffers: Ref, x: jax.Array, bounds: _Bounds, window: Callable[..., Ref]) -> None:
+    """Starts to store the part of x [64, N] within the bounds; window(row, column, rows) says
+    where.
+    """
+    low, high, right = bounds
+    whole = (low <= 0) & (high >= _PIECE)
+    swizzled, plain = (ref.at[lax.axis_index("warp_group")] for ref in buffers)
+    x = x.astype(jnp.bfloat16)
+
+    def write_whole(n: int, piece: jax.Array) -> None:
+        swizzled.at[n % 2][...] = piece
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(
+            swizzled.at[n % 2], window(0, n * _PIECE, _PIECE), commit_group=False
+        )
+
+    def write_rows(n: int, piece: jax.Array) -> None:
+        # TMA moves boxes of constant size: here row by row.
+        _store_unswizzled(plain.at[n % 2], piece)
+        plgpu.commit_smem()
+
+        @pl.loop(jnp.maximum(low, 0), jnp.minimum(high, _PIECE))
+        def _row(row: Scalar) -> None:
+            source = plain.at[n % 2, pl.ds(row, 1)]
+            plgpu.copy_smem_to_gmem(source, window(row, n * _PIECE, 1), commit_group=False)
+
+    for n in range(x.shape[1] // _PIECE):
+        piece = x[:, n * _PIECE : (n + 1) * _PIECE]
+        # One group of copies a piece, empty or not: a buffer is free when all but the last group
+        # have left, and all of the tile before.
+        plgpu.wait_smem_to_gmem(min(n, 1), wait_read_only=True)
+        inside = right > n * _PIECE
+        pl.when(inside & whole)(functools.partial(write_whole, n, piece))
+        pl.when(inside & jnp.logical_not(whole))(functools.partial(write_rows, n, piece))
+        plgpu.commit_smem_to_gmem_group()
