@@ -10,7 +10,7 @@ import pytest
 
 from kernels_pallas import grouped_matmul, grouped_swiglu
 from kernels_pallas.dispatch import UnavailableError
-from kernels_pallas.grouped_matmul import chunked, shapes
+from kernels_pallas.grouped_matmul import api, chunked, shapes
 from kernels_pallas.testing import (
     assert_close,
     grouped_inputs,
@@ -160,9 +160,11 @@ def test_rows_that_are_not_aligned():
 
 
 def test_shapes_that_do_not_fit():
+    # Asked directly, since the annotations that tests check at every call would speak first.
     lhs, rhs, sizes, _ = map(jnp.asarray, grouped_inputs(1, (4, 5)))
+    matrices = {"w1": rhs, "w3": rhs[:, :, :8]}
     with pytest.raises(ValueError, match=r"w1 \(2, 24, 16\), w3 \(2, 24, 8\) .* do not fit"):
-        grouped_swiglu(lhs, rhs, rhs[:, :, :8], sizes)
+        api._check("grouped_swiglu", lhs, matrices, sizes, 1)
 
 
 @pytest.mark.parametrize("routing", [shapes.balanced, shapes.skewed, shapes.by_chance])

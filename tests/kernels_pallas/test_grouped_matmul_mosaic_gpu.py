@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import dispatch, grouped_matmul, grouped_swiglu, tuning
+from kernels_pallas import dispatch, grouped_matmul, grouped_swiglu, tune, tuning
 from kernels_pallas.grouped_matmul import api, mosaic_gpu
+from kernels_pallas.grouped_matmul.chunked import grouped_matmul_chunked
+from kernels_pallas.grouped_matmul.shapes import Shape
 
 HOPPER = dispatch.Target("gpu", "NVIDIA H200", 132)
 
@@ -91,3 +93,23 @@ def test_tuned_blocks_are_used(tmp_path, monkeypatch):
     assert passes.d_lhs == blocks
     assert passes.forward == mosaic_gpu.default_blocks("forward", 100, 2)
     tuning.load.cache_clear()
+
+
+@pytest.mark.parametrize("what", ["forward", "swiglu", "d_lhs", "d_rhs"])
+@pytest.mark.parametrize("rows", [512, 65536])
+def test_candidates_fit_in_shared_memory(what, rows):
+    for blocks in tune.grouped_candidates(what, rows, 32):
+        operands = blocks.stages * (blocks.rows + blocks.columns) * 64 * 2
+        assert operands + blocks.rows * 2 * 64 * 2 <= 226 * 2**10
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_tuning_refuses_wrong_results(monkeypatch, capsys, right):
+    def product(lhs, rhs, sizes, passes):
+        return grouped_matmul_chunked(lhs, rhs, sizes, 1) * jnp.bfloat16(1 if right else 1.05)
+
+    monkeypatch.setattr(mosaic_gpu, "grouped_matmul_mosaic_gpu", product)
+    best = tune.tune_grouped_pass("forward", Shape(16, 64, 64, 8), HOPPER)
+    candidates = tune.grouped_candidates("forward", 16, 8)
+    assert best in candidates if right else best is None
+    assert capsys.readouterr().out.count("refused") == (0 if right else len(candidates))
