@@ -123,6 +123,14 @@ def grouped_swiglu(
     return run(lhs, w1, w3, group_sizes, row_align)
 
 
+def gains_by_align(lhs: _Shaped, *matrices: _Shaped) -> bool:
+    """Whether groups padded to whole blocks of rows are faster: where no kernel takes them."""
+    target = dispatch.target(lhs, *matrices)
+    on_tpu = target.why_not_tpu() or mosaic_tpu.why_not(lhs, *matrices)
+    on_gpu = target.why_not_hopper() or mosaic_gpu.why_not(lhs, *matrices)
+    return on_tpu is not None and on_gpu is not None
+
+
 def shape_key(what: str, lhs: _Shaped, rhs: _Shaped) -> str:
     """The name of a pass at a shape in the files of tuned blocks; rows up to a power of two."""
     rows = 1 << max(lhs.shape[0] - 1, 0).bit_length()

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import grouped_matmul
+from kernels_pallas import grouped_matmul, grouped_swiglu
+from kernels_pallas.grouped_matmul import gains_by_align
 from kernels_pallas.numerics import einsum32
 
 # Rows that share one expert's matrix in the grouped product, at least and at most.
@@ -37,8 +38,8 @@ def apply_experts(
       [N, D] in tokens.dtype.
     """
     experts, visits = kernels.w1.shape[0], expert.size
-    block = _block_size(visits // experts)
-    if tokens.shape[0] * experts <= _row_blocks(visits, experts, block) * block:
+    block = _block_size(tokens, visits, kernels)
+    if block > 1 and tokens.shape[0] * experts <= _row_count(visits, experts, block):
         return _every_expert(tokens, share, expert, kernels)
     out = visit_experts(tokens, expert, kernels)  # [N, k, D]
     return weighted_sum(out, share).astype(tokens.dtype)
@@ -46,10 +47,9 @@ def apply_experts(
 
 def visit_experts(tokens: jax.Array, expert: jax.Array, kernels: Weights) -> jax.Array:
     """The output of each visit [N, k, D] by tokens [N, D] to expert [N, k]; zero for expert E."""
-    experts = kernels.w1.shape[0]
-    block = _block_size(expert.size // experts)
-    sizes, rows = _sort_by_expert(expert, experts, block)
     kernels = Weights(*(w.astype(tokens.dtype) for w in kernels))
+    block = _block_size(tokens, expert.size, kernels)
+    sizes, rows = _sort_by_expert(expert, kernels.w1.shape[0], block)
     return return_rows(_ffn(take_rows(tokens, rows), sizes, *kernels, block), rows)
 
 
@@ -67,11 +67,8 @@ def _ffn(
     row_align: int,
 ) -> jax.Array:
     """w2(silu(w1 x) · w3 x) of rows [R, D] in groups of one expert each."""
-
-    def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return grouped_matmul(x, kernel, group_sizes, row_align=row_align)
-
-    return product(jax.nn.silu(product(rows, w1)) * product(rows, w3), w2)
+    hidden = grouped_swiglu(rows, w1, w3, group_sizes, row_align=row_align)
+    return grouped_matmul(hidden, w2, group_sizes, row_align=row_align)
 
 
 def _every_expert(
@@ -90,15 +87,22 @@ def _every_expert(
     return jnp.sum(out * weight.T[:, :, None], axis=0).astype(dtype)
 
 
-def _block_size(rows_per_expert: int) -> int:
-    """A power of two, at most a quarter of an average expert's rows, within bounds."""
-    wanted = 1 << max(rows_per_expert // 4, 1).bit_length() - 1
+def _block_size(tokens: jax.Array, visits: int, kernels: Weights) -> int:
+    """What an expert's rows are rounded up to: nothing for the Pallas kernels; for XLA a power of
+    two, at most a quarter of an average expert's rows, within bounds.
+    """
+    dtype = tokens.dtype
+    into, back = (jax.ShapeDtypeStruct(w.shape, dtype) for w in (kernels.w1, kernels.w2))
+    hidden = jax.ShapeDtypeStruct((visits, into.shape[2]), dtype)
+    if not (gains_by_align(tokens, into) or gains_by_align(hidden, back)):
+        return 1
+    wanted = 1 << max(visits // into.shape[0] // 4, 1).bit_length() - 1
     return min(max(wanted, MIN_BLOCK), MAX_BLOCK)
 
 
-def _row_blocks(visits: int, experts: int, block: int) -> int:
-    """Blocks that hold the visits however they fall, each expert's in blocks of its own."""
-    return -(-visits // block) + experts
+def _row_count(visits: int, experts: int, block: int) -> int:
+    """Rows that hold the visits however they fall, each expert's in blocks of its own."""
+    return visits if block == 1 else (-(-visits // block) + experts) * block
 
 
 class Rows(NamedTuple):
@@ -117,7 +121,7 @@ def _sort_by_expert(expert: jax.Array, experts: int, block: int) -> tuple[jax.Ar
     flat = expert.reshape(-1)
     place, sizes = turns(flat, experts)
     sizes = (sizes + block - 1) // block * block
-    count = _row_blocks(flat.size, experts, block) * block
+    count = _row_count(flat.size, experts, block)
     slot = jnp.where(place < 0, count, _at(jnp.cumsum(sizes) - sizes, flat) + place)
     return sizes, Rows(inverse(slot, count), slot.reshape(expert.shape))
 

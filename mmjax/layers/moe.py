@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32
 
+from kernels_pallas import dispatch
 from kernels_pallas.numerics import einsum32
 from mmjax.config import ModelConfig
 from mmjax.layers import weights
@@ -81,7 +82,7 @@ class MoE(nnx.Module):
     def _in_cache(self, tokens: jax.Array, share: jax.Array, expert: jax.Array) -> jax.Array:
         """`apply_experts`, on CPUs over runs of tokens short enough for caches to hold them."""
         kernels, count = self._kernels(), tokens.shape[0]
-        if jax.default_backend() != "cpu" or count < 2 * CPU_TOKENS:
+        if dispatch.target(tokens).platform != "cpu" or count < 2 * CPU_TOKENS:
             return apply_experts(tokens, share, expert, kernels)
         whole = count // CPU_TOKENS * CPU_TOKENS
         runs = (x[:whole].reshape(-1, CPU_TOKENS, x.shape[1]) for x in (tokens, share, expert))
