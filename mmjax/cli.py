@@ -1,4 +1,4 @@
-"""The command line: `mmjax convert`, `mmjax generate`."""
+"""The command line: `mmjax convert`, `mmjax generate`, `mmjax plan`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from mmjax.config import ConfigError, ModelConfig
 from mmjax.convert import CheckpointError, CheckpointWarning, convert
 from mmjax.convert.api import LAYOUTS
 from mmjax.convert.native import differences
+from mmjax.plan.chips import PlanError
 from mmjax.sharding import ShardingError
 
 # What a user can put right; anything else is a bug and keeps its traceback.
-_USER_ERRORS = (CheckpointError, ConfigError, ShardingError, UnavailableError, OSError)
+_USER_ERRORS = (CheckpointError, ConfigError, PlanError, ShardingError, UnavailableError, OSError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser(command: list[str]) -> argparse.ArgumentParser:
     """The parser; the arguments of a heavy command are added only where it is the one called."""
     parser = argparse.ArgumentParser(
-        prog="mmjax", description="MiniMax-01 / M1 models in JAX: checkpoints and generation."
+        prog="mmjax",
+        description="MiniMax-01 / M1 models in JAX: checkpoints, generation, planning.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_convert(
@@ -60,6 +62,12 @@ def _parser(command: list[str]) -> argparse.ArgumentParser:
 
         engine_cli.add_arguments(generate)
         generate.set_defaults(run=engine_cli.run)
+    plan = commands.add_parser("plan", help="what a job needs and costs on chips not yet rented")
+    if command == ["plan"]:
+        from mmjax.plan import cli as plan_cli
+
+        plan_cli.add_arguments(plan)
+        plan.set_defaults(run=plan_cli.run)
     return parser
 
 

@@ -100,13 +100,13 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | N
 
 
 def param_shardings(
-    params: nnx.State, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES
+    params: nnx.State, mesh: Mesh | AbstractMesh, rules: ShardingRules = DEFAULT_RULES
 ) -> nnx.State:
     """The sharding of each parameter, in the same tree.
 
     Args:
       params: Parameters, or their shapes, with `axes` metadata.
-      mesh: From `make_mesh`.
+      mesh: From `make_mesh`, or its axes alone.
       rules: Logical to physical axes.
 
     Raises:
@@ -130,7 +130,9 @@ def param_shardings(
     return shardings
 
 
-def _undivided(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> list[str]:
+def _undivided(
+    name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | AbstractMesh
+) -> list[str]:
     found = []
     for dim, (size, entry) in enumerate(zip(shape, spec, strict=True)):
         names = (entry,) if isinstance(entry, str) else entry or ()  # a spec unwraps one name
