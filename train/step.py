@@ -64,7 +64,9 @@ def apply_gradients(
     """One optimizer update; also returns the gradient norm before clipping."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return state._replace(params=params, opt_state=opt_state), optax.tree.norm(grads)
+    # Squares of bfloat16 gradients are not to be summed in bfloat16.
+    norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+    return state._replace(params=params, opt_state=opt_state), norm
 
 
 def router_metrics(aux: Aux) -> dict[str, jax.Array]:

@@ -85,11 +85,14 @@ def run(args: argparse.Namespace) -> int:
     found = _estimates(args, request, job, topology)
     chosen = found[0]
     bills = _bills(args, chosen)
-    compiled = _compiled(args, chosen) if chosen.fits else None
+    console = Console()
+    if not args.json:
+        _show(console, chosen, found, bills)  # The compiler takes minutes; what is counted is here.
+    compiled = _compiled(args, chosen) if chosen.fits or args.compile else None
     if args.json:
         print(json.dumps(_as_json(chosen, found, bills, compiled), indent=2))
-    else:
-        _show(Console(), chosen, found, bills, compiled)
+    elif compiled is not None:
+        console.print(_compiled_table(chosen.topology, compiled))
     _refuse_misfit(chosen, compiled)
     return 0
 
@@ -193,7 +196,6 @@ def _show(
     chosen: Estimate,
     found: list[Estimate],
     bills: Mapping[str, Bill],
-    compiled: Compiled | None,
 ) -> None:
     job, topology = chosen.job, chosen.topology
     total, active, inner = active_parameters(job.model)
@@ -207,7 +209,7 @@ def _show(
     )
     if len(found) > 1:
         console.print(_mesh_table(found))
-    console.print(_memory_table(chosen, compiled))
+    console.print(_memory_table(chosen))
     console.print(_roofline_table(chosen))
     for line in _summary(chosen):
         console.print(line, highlight=False, soft_wrap=True)
@@ -227,19 +229,24 @@ def _mesh_table(found: list[Estimate]) -> Table:
     return table
 
 
-def _memory_table(chosen: Estimate, compiled: Compiled | None) -> Table:
+def _memory_table(chosen: Estimate) -> Table:
     table = Table("on one device", "GiB", title="memory")
     for name, size in chosen.memory.items():
         table.add_row(name, f"{size / GIB:.2f}")
     table.add_row("peak, counted", f"{chosen.peak / GIB:.2f}", end_section=True)
-    if compiled is not None:
-        for name in ("arguments", "temporaries", "results", "program"):
-            table.add_row(f"compiled: {name}", f"{getattr(compiled, name) / GIB:.2f}")
-        seconds = ", ".join(f"{k} {v:.0f} s" for k, v in compiled.seconds.items())
-        table.add_row("peak, compiled", f"{compiled.peak / GIB:.2f}", end_section=True)
-        kernels = ", ".join(f"{n} × {k}" for k, n in compiled.kernels.items())
-        table.caption = f"{seconds}; kernels: {kernels or 'none'}"
     table.add_row("capacity", f"{chosen.topology.chip.hbm / GIB:.2f}")
+    return table
+
+
+def _compiled_table(topology: Topology, compiled: Compiled) -> Table:
+    table = Table("on one device", "GiB", title=f"compiled for {topology.name}")
+    for name in ("arguments", "temporaries", "results", "program"):
+        table.add_row(name, f"{getattr(compiled, name) / GIB:.2f}")
+    table.add_row("peak, compiled", f"{compiled.peak / GIB:.2f}", end_section=True)
+    table.add_row("capacity", f"{topology.chip.hbm / GIB:.2f}")
+    seconds = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in compiled.seconds.items())
+    kernels = ", ".join(f"{count} × {name}" for name, count in compiled.kernels.items())
+    table.caption = f"{seconds}; kernels: {kernels or 'none'}"
     return table
 
 

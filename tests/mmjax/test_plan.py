@@ -17,7 +17,7 @@ from mmjax.cache import HybridCache
 from mmjax.config import ModelConfig
 from mmjax.model import Decoder
 from mmjax.plan import CHIPS, Job, PlanError, best_meshes, counts, curve, estimate, parse_topology
-from mmjax.plan.ahead import compile_ahead
+from mmjax.plan.ahead import Compiled, compile_ahead
 from mmjax.plan.estimate import Reinforcement, generation
 from mmjax.plan.job import read_request
 from mmjax.plan.programs import State, make_program, serve_step, train_step
@@ -305,6 +305,18 @@ def test_tables(capsys):
     assert code == 0
     for said in ("456.09B", "45.94B", "best meshes", "peak, counted", "capacity", "MFU"):
         assert said in out
+
+
+@pytest.mark.parametrize(("gib", "code"), [(90, 0), (96, 2)])
+def test_the_compilers_memory_decides(gib, code, capsys, monkeypatch):
+    made = Compiled(gib << 30, 0, 0, 0, {"lightning": 7}, {"trace": 1.0})
+    monkeypatch.setattr("mmjax.plan.cli.compile_ahead", lambda *_: made)
+    flags = ["--topology", "v5p:8x8x8", "--mesh", "data=16,expert=32", "--compile", "--json"]
+    assert cli.main(["plan", "--config", "minimax_m1", *flags]) == code
+    told = capsys.readouterr()
+    assert json.loads(told.out)["compiled"]["peak_bytes"] == gib << 30
+    misfit = "does not fit: 96.00 GiB a device (compiled), v5p has 95.73 GiB"
+    assert (misfit in told.err) == (code == 2)
 
 
 @pytest.mark.parametrize("stage", ["", ":sft"])
