@@ -75,16 +75,15 @@ def _every_expert(
     tokens: jax.Array, share: jax.Array, expert: jax.Array, kernels: Weights
 ) -> jax.Array:
     """All experts on all tokens: no sorting, and each matrix is read where it lies."""
-    chosen = jax.nn.one_hot(expert, kernels.w1.shape[0], dtype=jnp.float32)  # [N, k, E]
-    weight = (share.astype(jnp.float32)[:, :, None] * chosen).sum(1)  # [N, E]
     dtype = tokens.dtype
+    chosen = jax.nn.one_hot(expert, kernels.w1.shape[0], dtype=dtype)  # [N, k, E]
+    weight = (share[:, :, None] * chosen).sum(1)  # [N, E]
 
     def up(kernel: jax.Array) -> jax.Array:
-        return einsum32("nd,edf->enf", tokens, kernel, dtype).astype(dtype)
+        return einsum32("nd,edf->nef", tokens, kernel, dtype).astype(dtype)
 
-    hidden = jax.nn.silu(up(kernels.w1)) * up(kernels.w3)
-    out = einsum32("enf,efd->end", hidden, kernels.w2, dtype)
-    return jnp.sum(out * weight.T[:, :, None], axis=0).astype(dtype)
+    hidden = jax.nn.silu(up(kernels.w1)) * up(kernels.w3) * weight[:, :, None]
+    return einsum32("nef,efd->nd", hidden, kernels.w2, dtype).astype(dtype)
 
 
 def _block_size(tokens: jax.Array, visits: int, kernels: Weights) -> int:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels_pallas.numerics import einsum32
+from mmjax.sharding import active_mesh
 
 
 def weight(
@@ -87,8 +88,10 @@ def _matmul_backward(
     # it has XLA transpose d_out on CPUs, usually the wider of the two, and its result.
     x, kernel = residuals
     d_x = einsum32("...f,df->...d", d_out, kernel, x.dtype).astype(x.dtype)
-    rows, d_rows = x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
-    d_kernel = einsum32("nd,nf->df", rows, d_rows, x.dtype).astype(kernel.dtype)
+    if active_mesh() is None:  # Flattened, rows that are spread over two axes would be gathered.
+        x, d_out = x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
+    rows = "abc"[: x.ndim - 1]
+    d_kernel = einsum32(f"{rows}d,{rows}f->df", x, d_out, x.dtype).astype(kernel.dtype)
     return d_x, d_kernel
 
 
