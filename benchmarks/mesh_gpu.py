@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--axes", nargs="+", choices=MESH_AXES, default=MESH_AXES)
     args = parser.parse_args()
     cfg, count = model_config(args.layers), jax.device_count()
     print(f"{count} × {jax.devices()[0].device_kind}, jax {jax.__version__}; {args.batch} rows of")
@@ -90,7 +91,7 @@ def main() -> None:
     print("| mesh | step, ms | one GPU / this | loss of the first steps |\n|---|---|---|---|")
     alone, losses = measure(cfg, {"data": 1}, args.batch, args.length)
     print(f"| one GPU | {alone * 1e3:.1f} | 1 | {losses} |", flush=True)
-    for axis in MESH_AXES:
+    for axis in args.axes:
         seconds, losses = measure(cfg, {axis: count}, args.batch, args.length)
         ratio = alone / seconds
         print(f"| {axis}={count} | {seconds * 1e3:.1f} | {ratio:.2f} | {losses} |", flush=True)

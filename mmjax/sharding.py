@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "context", "expert", "model")
@@ -72,13 +73,18 @@ DEFAULT_RULES = ShardingRules()
 def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with all four axes, those not named of size 1.
 
+    Neighbours along an axis are near each other: on TPUs in the slice's torus, elsewhere in the
+    order of processes, so that the outer axes cross hosts first. Several TPU slices, which only the
+    data-centre network joins, lie along `data`.
+
     Args:
       shape: Size of each axis, e.g. {"data": 4, "expert": 2}; at most one may be -1, which takes
         the devices that are left.
       devices: Devices to use; None for all.
 
     Raises:
-      ShardingError: unknown axis, or sizes that do not multiply to the number of devices.
+      ShardingError: unknown axis, sizes that do not multiply to the number of devices, or a size of
+        `data` that is no multiple of the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = dict(shape or {"data": len(devices)})
@@ -95,8 +101,28 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | N
             f"mesh {wanted} needs {math.prod(sizes)} devices, there are {len(devices)}; "
             "change the sizes, or give one axis -1 to take what is left"
         )
-    grid = np.array(devices).reshape(sizes)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(_grid(devices, sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _grid(devices: list[Any], sizes: list[int]) -> np.ndarray:
+    """The devices in the shape of the mesh."""
+    if devices[0].platform != "tpu":
+        return np.array(devices).reshape(sizes)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    data, *others = sizes
+    if data % slices:
+        raise ShardingError(
+            f"{slices} slices lie along data, whose size {data} is no multiple of {slices}; "
+            "change it"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *others),
+        (slices, *(1 for _ in others)),
+        devices,
+        allow_split_physical_axes=True,
+    )
 
 
 def param_shardings(

@@ -124,8 +124,10 @@ def grouped_swiglu(
 
 
 def gains_by_align(lhs: _Shaped, *matrices: _Shaped) -> bool:
-    """Whether groups padded to whole blocks of rows are faster: where no kernel takes them."""
-    target = dispatch.target(lhs, *matrices)
+    """Whether groups padded to whole blocks of rows are faster on the device in context: where no
+    kernel takes arrays of these shapes.
+    """
+    target = dispatch.target()
     on_tpu = target.why_not_tpu() or mosaic_tpu.why_not(lhs, *matrices)
     on_gpu = target.why_not_hopper() or mosaic_gpu.why_not(lhs, *matrices)
     return on_tpu is not None and on_gpu is not None

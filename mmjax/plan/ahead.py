@@ -81,7 +81,7 @@ def compile_ahead(
       ShardingError: the mesh does not divide the model.
     """
     sizes = complete_mesh(mesh, topology)
-    described = make_mesh(sizes, _devices(topology))
+    described = make_mesh(sizes, described_devices(topology))
     program = make_program(job, described)
     seconds: dict[str, float] = {}
 
@@ -125,7 +125,7 @@ def _compile(lowered: jax.stages.Lowered, topology: Topology) -> jax.stages.Comp
         ) from error
 
 
-def _devices(topology: Topology) -> list[Any]:
+def described_devices(topology: Topology) -> list[Any]:
     """Descriptions of a topology's devices.
 
     Raises:

@@ -29,10 +29,10 @@ def model():
     )  # fmt: skip
 
 
-def loss_and_gradients(model, devices, **shape):
+def loss_and_gradients(decoder, devices, **shape):
     """Of packed rows with padding, as host arrays."""
     mesh = make_mesh(shape, jax.devices()[:devices])
-    graphdef, params = nnx.split(model)
+    graphdef, params = nnx.split(decoder)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 512, (2, 512)).astype(np.int32)
     segments = np.repeat([[1, 1, 2, 2, 2, 3, 3, 0]] * 2, 64, axis=1).astype(np.int32)

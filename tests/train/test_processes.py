@@ -16,7 +16,7 @@ from tests.train.test_resume import MODEL, ROOT, last_checkpoint, lines
 from train import distributed
 from train.data.packing import Example, packed_batches
 
-STEPS = 10
+STEPS = 14
 
 
 @pytest.fixture(scope="module")
@@ -91,41 +91,31 @@ def wait_for(running, workdir, step):
         time.sleep(0.01)
 
 
-@pytest.fixture(scope="module")
-def straight(job):
-    """Losses of the job in one process, never stopped."""
-    workdir = job / "straight"
-    codes, said = end(start(job, workdir, {"data": 8}))
+def test_two_processes_stop_and_are_killed_and_one_goes_on_with_another_mesh(job):
+    codes, said = end(start(job, job / "straight", {"data": 8}))
     assert codes == [0], said
-    return losses(workdir)
+    workdir, mesh = job / "interrupted", {"data": 4, "expert": 2}
 
+    running = start(job, workdir, mesh, processes=2)
+    wait_for(running, workdir, 2)
+    running[1].send_signal(signal.SIGTERM)  # To one of them: both stop after the same step.
+    codes, said = end(running)
+    assert codes == [128 + signal.SIGTERM] * 2, said
+    stopped = last_checkpoint(workdir)
+    assert stopped == lines(workdir) < STEPS
 
-def test_two_processes_are_killed_and_one_goes_on_with_another_mesh(job, straight):
-    workdir = job / "killed"
-    running = start(job, workdir, {"data": 4, "expert": 2}, processes=2)
-    wait_for(running, workdir, 5)
+    running = start(job, workdir, mesh, processes=2)
+    wait_for(running, workdir, stopped + 3)
     for process in running:
         process.send_signal(signal.SIGKILL)
     codes, said = end(running)
     assert codes == [-signal.SIGKILL] * 2, said
-    assert 2 <= last_checkpoint(workdir) < STEPS
+    assert stopped <= last_checkpoint(workdir) < STEPS
+
     codes, said = end(start(job, workdir, {"data": 4, "model": 2}))
     assert codes == [0], said
     assert "resumed" in said
-    np.testing.assert_allclose(losses(workdir), straight, rtol=1e-4)
-
-
-def test_a_signal_to_one_process_stops_both_after_the_same_step(job, straight):
-    workdir = job / "stopped"
-    running = start(job, workdir, {"data": 4, "expert": 2}, processes=2)
-    wait_for(running, workdir, 2)
-    running[1].send_signal(signal.SIGTERM)
-    codes, said = end(running)
-    assert codes == [128 + signal.SIGTERM] * 2, said
-    assert last_checkpoint(workdir) == lines(workdir) < STEPS
-    codes, said = end(start(job, workdir, {"data": 4, "expert": 2}, processes=2))
-    assert codes == [0, 0], said
-    np.testing.assert_allclose(losses(workdir), straight, rtol=1e-4)
+    np.testing.assert_allclose(losses(workdir), losses(job / "straight"), rtol=1e-4)
 
 
 def test_processes_read_their_own_rows_of_the_same_batches():
