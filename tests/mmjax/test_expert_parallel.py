@@ -12,7 +12,6 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas.dispatch import Target
 from mmjax.config import ConfigError
 from mmjax.layers.moe import MoE, load_balancing_loss
 from mmjax.parallel import experts
@@ -137,7 +136,8 @@ def test_like_one_device(monkeypatch, shape, parts):
 @pytest.mark.usefixtures("always_exchange", "one_part")
 def test_ragged_exchange(monkeypatch):
     """What TPUs run, with the collective's documented meaning in its place."""
-    monkeypatch.setattr(experts.dispatch, "target", lambda: Target("tpu", "TPU v5p", 1))
+    plan = experts._plan
+    monkeypatch.setattr(experts, "_plan", lambda *args: plan(*args)._replace(ragged=True))
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
     structure, params = layer()
     args = inputs()

@@ -30,7 +30,8 @@ CASES = [
 
 @pytest.mark.parametrize(("kind", "topology", "mesh"), CASES)
 def test_step(kind, topology, mesh):
-    job, chips = Job(kind, SMALL, 8, 128, "layer"), parse_topology(topology)
+    # Without remat: every layer that is computed again is compiled again.
+    job, chips = Job(kind, SMALL, 8, 128, "none"), parse_topology(topology)
     stages = []
     program = compile_ahead(job, chips, mesh, stages.append)
     print(program)

@@ -92,7 +92,7 @@ def wait_for(running, workdir, step):
 
 
 def test_two_processes_stop_and_are_killed_and_one_goes_on_with_another_mesh(job):
-    codes, said = end(start(job, job / "straight", {"data": 8}))
+    codes, said = end(start(job, job / "straight", {"data": 4, "model": 2}))
     assert codes == [0], said
     workdir, mesh = job / "interrupted", {"data": 4, "expert": 2}
 
