@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int32
@@ -48,20 +48,18 @@ def grouped_matmul(
     """
     _check("grouped_matmul", lhs, {"rhs": rhs}, group_sizes, row_align)
     target = dispatch.target(lhs, rhs)
+
+    def on_tpu(*args: Any) -> jax.Array:
+        return mosaic_tpu.grouped_matmul_mosaic_tpu(*args[:-1])
+
+    def on_gpu(*args: Any) -> jax.Array:
+        passes = gpu_passes("forward", lhs, rhs, target)
+        return mosaic_gpu.grouped_matmul_mosaic_gpu(*args[:-1], passes)
+
+    not_tpu, not_gpu = _why_not(target, lhs, rhs)
     candidates: dict[str, Candidate[Callable[..., Array]]] = {
-        "mosaic_tpu": Candidate(
-            _without_align(mosaic_tpu.grouped_matmul_mosaic_tpu),
-            target.why_not_tpu() or mosaic_tpu.why_not(lhs, rhs),
-        ),
-        "mosaic_gpu": Candidate(
-            _without_align(
-                partial(
-                    mosaic_gpu.grouped_matmul_mosaic_gpu,
-                    passes=gpu_passes("forward", lhs, rhs, target),
-                )
-            ),
-            target.why_not_hopper() or mosaic_gpu.why_not(lhs, rhs),
-        ),
+        "mosaic_tpu": Candidate(on_tpu, not_tpu),
+        "mosaic_gpu": Candidate(on_gpu, not_gpu),
         "chunked": Candidate(grouped_matmul_chunked),
         "reference": Candidate(grouped_matmul_reference),
     }
@@ -102,20 +100,18 @@ def grouped_swiglu(
     """
     _check("grouped_swiglu", lhs, {"w1": w1, "w3": w3}, group_sizes, row_align)
     target = dispatch.target(lhs, w1, w3)
+
+    def on_tpu(*args: Any) -> jax.Array:
+        return mosaic_tpu.grouped_swiglu_mosaic_tpu(*args[:-1])
+
+    def on_gpu(*args: Any) -> jax.Array:
+        passes = gpu_passes("swiglu", lhs, w1, target)
+        return mosaic_gpu.grouped_swiglu_mosaic_gpu(*args[:-1], passes)
+
+    not_tpu, not_gpu = _why_not(target, lhs, w1, w3)
     candidates: dict[str, Candidate[Callable[..., Array]]] = {
-        "mosaic_tpu": Candidate(
-            _without_align(mosaic_tpu.grouped_swiglu_mosaic_tpu),
-            target.why_not_tpu() or mosaic_tpu.why_not(lhs, w1, w3),
-        ),
-        "mosaic_gpu": Candidate(
-            _without_align(
-                partial(
-                    mosaic_gpu.grouped_swiglu_mosaic_gpu,
-                    passes=gpu_passes("swiglu", lhs, w1, target),
-                )
-            ),
-            target.why_not_hopper() or mosaic_gpu.why_not(lhs, w1, w3),
-        ),
+        "mosaic_tpu": Candidate(on_tpu, not_tpu),
+        "mosaic_gpu": Candidate(on_gpu, not_gpu),
         "chunked": Candidate(swiglu_through(grouped_matmul_chunked)),
         "reference": Candidate(swiglu_through(grouped_matmul_reference)),
     }
@@ -127,10 +123,15 @@ def gains_by_align(lhs: _Shaped, *matrices: _Shaped) -> bool:
     """Whether groups padded to whole blocks of rows are faster on the device in context: where no
     kernel takes arrays of these shapes.
     """
-    target = dispatch.target()
-    on_tpu = target.why_not_tpu() or mosaic_tpu.why_not(lhs, *matrices)
-    on_gpu = target.why_not_hopper() or mosaic_gpu.why_not(lhs, *matrices)
-    return on_tpu is not None and on_gpu is not None
+    return None not in _why_not(dispatch.target(), lhs, *matrices)
+
+
+def _why_not(target: dispatch.Target, *arrays: _Shaped) -> tuple[str | None, str | None]:
+    """Why the kernels for TPU and Hopper cannot take lhs and matrices; None where they can."""
+    return (
+        target.why_not_tpu() or mosaic_tpu.why_not(*arrays),
+        target.why_not_hopper() or mosaic_gpu.why_not(*arrays),
+    )
 
 
 def shape_key(what: str, lhs: _Shaped, rhs: _Shaped) -> str:
@@ -153,10 +154,6 @@ def gpu_passes(
         return mosaic_gpu.default_blocks(what, lhs.shape[0], rhs.shape[0])
 
     return mosaic_gpu.Passes(blocks(forward), blocks("d_lhs"), blocks("d_rhs"), target.cores)
-
-
-def _without_align(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    return lambda *args: run(*args[:-1])
 
 
 def _check(

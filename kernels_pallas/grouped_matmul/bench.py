@@ -24,7 +24,7 @@ import numpy as np
 from kernels_pallas import dispatch, grouped_matmul, grouped_swiglu
 from kernels_pallas.grouped_matmul import shapes
 from kernels_pallas.grouped_matmul.shapes import DECODING, EXPERTS, FFN, LAYERS, TOP_K, WIDTH, Shape
-from kernels_pallas.timing import milliseconds
+from kernels_pallas.timing import milliseconds, torch_milliseconds
 
 _ROUTINGS = {"balanced": shapes.balanced, "skewed": shapes.skewed}
 # A decoding step is shorter than its launch from Python: many inside one program.
@@ -160,23 +160,9 @@ def _through_torch(what: str, part: Any, arrays: Any, sizes: jax.Array) -> float
             "d_lhs": (d_out, rhs.transpose(1, 2)),
             "d_rhs": (lhs.T, d_out),
         }[what]
-        return _torch_milliseconds(torch, lambda: torch._grouped_mm(*operands, offs=ends))
+        return torch_milliseconds(torch, lambda: torch._grouped_mm(*operands, offs=ends), repeats=5)
     except Exception as error:
         return type(error).__name__
-
-
-def _torch_milliseconds(torch: Any, run: Callable[[], object]) -> float:
-    run()
-    times = []
-    for _ in range(5):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(3):
-            run()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / 3)
-    return float(np.median(times))
 
 
 # The whole expert layer.

@@ -26,17 +26,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.grouped_matmul.swiglu import gate, gate_gradients
+from kernels_pallas.hopper import Ref, tiled
 
-type Ref = Any  # Pallas' references and the scalars inside a kernel have no public type.
-type Scalar = Any
+type Scalar = Any  # The scalars inside a kernel have no public type.
 type _Shaped = jax.Array | jax.ShapeDtypeStruct
 
-# A tile of shared memory that TMA writes and WGMMA reads has rows of 128 bytes, in groups of 8.
+# Columns and rows of a tile of shared memory in bf16, see `hopper.tiled`.
 _LANES, _ROWS = 64, 8
-_SWIZZLED = (
-    plgpu.TilingTransform((_ROWS, _LANES)),  # type: ignore[abstract]
-    plgpu.SwizzleTransform(128),  # type: ignore[abstract]
-)
 # Rows of a tile that a warp group multiplies, and the side of the squares that it stores.
 _PIECE = 64
 # A tile of few rows loads no more than this many of its left operand.
@@ -399,7 +395,7 @@ def _kernel(
 
 
 def _swizzled(*shape: int) -> Any:
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=_SWIZZLED)
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=tiled(2))
 
 
 # From here on code runs inside the kernels.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,14 +68,18 @@ def lightning_attention(
         batch, _, heads, key_dim = q.shape
         initial_state = jnp.zeros((batch, heads, key_dim, v.shape[-1]), jnp.float32)
     target = dispatch.target(q, k, v)
-    gpu_blocks = tuned_blocks(q, v, target) or mosaic_gpu.default_blocks(q, v, target.cores)
+
+    def on_gpu(*args: Any) -> tuple[jax.Array, jax.Array]:
+        blocks = tuned_blocks(q, v, target) or mosaic_gpu.default_blocks(q, v, target.cores)
+        return mosaic_gpu.lightning_attention_mosaic_gpu(*args, blocks)
+
     candidates: dict[str, Candidate[_Attend]] = {
         "mosaic_tpu": Candidate(
             mosaic_tpu.lightning_attention_mosaic_tpu,
             target.why_not_tpu() or mosaic_tpu.why_not(q, v),
         ),
         "mosaic_gpu": Candidate(
-            partial(mosaic_gpu.lightning_attention_mosaic_gpu, blocks=gpu_blocks),
+            on_gpu,
             target.why_not_hopper() or mosaic_gpu.why_not(q, v),
         ),
         "chunked": Candidate(lightning_attention_chunked),

@@ -22,7 +22,7 @@ import numpy as np
 
 from kernels_pallas import dispatch, lightning_attention, lightning_attention_step
 from kernels_pallas.lightning_attention.shapes import DIM, LAYERS, SLOTS, Shape, decay_rates
-from kernels_pallas.timing import milliseconds
+from kernels_pallas.timing import milliseconds, torch_milliseconds
 
 # Beyond the shapes of tuning: what must run on one card.
 _LONGEST = (Shape(1, 2**20, 64), Shape(1, 2**20, 32))
@@ -253,19 +253,9 @@ class _Peer(NamedTuple):
         return self._milliseconds(run)
 
     def _milliseconds(self, run: Callable[[], None]) -> float:
-        torch = self.torch
-        run()
-        times = []
-        for _ in range(7):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(3):
-                run()
-            stop.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(stop) / 3)
-        torch.cuda.empty_cache()
-        return float(np.median(times))
+        time = torch_milliseconds(self.torch, run, repeats=7)
+        self.torch.cuda.empty_cache()
+        return time
 
 
 if __name__ == "__main__":
