@@ -4,7 +4,8 @@
 
 The model has M1's layer (7 lightning, 1 softmax, 128 a head, top-2 experts) at 2.0B parameters,
 float32 weights and moments, bf16 activations; the step is `python -m train`'s own. Prints a
-Markdown table: the step time, its ratio to one GPU's, and the loss of the first three steps.
+Markdown table: the step time, its ratio to one GPU's, the first step's time, compiling included,
+and the loss of the first three steps.
 """
 
 from __future__ import annotations
@@ -45,8 +46,10 @@ def model_config(layers: int) -> ModelConfig:
     )
 
 
-def measure(cfg: ModelConfig, shape: dict[str, int], batch: int, length: int) -> tuple[float, str]:
-    """Median seconds of a step, and the losses of the first ones."""
+def measure(
+    cfg: ModelConfig, shape: dict[str, int], batch: int, length: int
+) -> tuple[float, float, str]:
+    """Median seconds of a step, seconds of the first, and the losses of the first ones."""
     devices = int(np.prod(list(shape.values())))
     mesh = make_mesh(shape, jax.devices()[:devices])
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-4), 100)
@@ -74,7 +77,8 @@ def measure(cfg: ModelConfig, shape: dict[str, int], batch: int, length: int) ->
             state, metrics = language_step(graphdef, optimizer, state, data)
             losses.append(float(metrics["loss"]))
             times.append(time.perf_counter() - start)
-    return statistics.median(times[WARM:]), ", ".join(f"{x:.4f}" for x in losses[:WARM])
+    told = ", ".join(f"{x:.4f}" for x in losses[:WARM])
+    return statistics.median(times[WARM:]), times[0], told
 
 
 def main() -> None:
@@ -88,13 +92,17 @@ def main() -> None:
     cfg, count = model_config(args.layers), jax.device_count()
     print(f"{count} × {jax.devices()[0].device_kind}, jax {jax.__version__}; {args.batch} rows of")
     print(f"{args.length} tokens\n")
-    print("| mesh | step, ms | one GPU / this | loss of the first steps |\n|---|---|---|---|")
-    alone, losses = measure(cfg, {"data": 1}, args.batch, args.length)
-    print(f"| one GPU | {alone * 1e3:.1f} | 1 | {losses} |", flush=True)
-    for axis in args.axes:
-        seconds, losses = measure(cfg, {axis: count}, args.batch, args.length)
-        ratio = alone / seconds
-        print(f"| {axis}={count} | {seconds * 1e3:.1f} | {ratio:.2f} | {losses} |", flush=True)
+    print("| mesh | step, ms | one GPU / this | first step, s | loss of the first steps |")
+    print("|---|---|---|---|---|")
+    alone = 0.0
+    for name, shape in [
+        ("one GPU", {"data": 1}),
+        *((f"{a}={count}", {a: count}) for a in args.axes),
+    ]:
+        seconds, first, losses = measure(cfg, shape, args.batch, args.length)
+        alone = alone or seconds
+        values = f"{seconds * 1e3:.1f} | {alone / seconds:.2f} | {first:.1f} | {losses}"
+        print(f"| {name} | {values} |", flush=True)
 
 
 if __name__ == "__main__":

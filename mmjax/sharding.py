@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,21 +24,61 @@ class ShardingError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-    """Mesh axes of each logical axis. No two logical axes of one array may share a mesh axis.
+    """Mesh axes of each logical axis, and of single parameters.
 
-    Expert weights put d_model on `data` alone, because `expert` already holds their experts;
-    all other weights spread it over both.
+    No two logical axes of one array may share a mesh axis. Expert weights leave `expert` out of
+    d_model's axes, because it already holds their experts.
+
+    Attributes:
+      tensors: Exceptions, (pattern, mesh axes of each dimension behind those of stacked layers):
+        ("head.*", ((), ("data", "model"))) for parameters whose name `fnmatch` finds alike. The
+        first that matches holds.
     """
 
     batch: tuple[str, ...] = ("data", "expert")
     sequence: tuple[str, ...] = ("context",)
     vocab: tuple[str, ...] = ("model",)
-    d_model: tuple[str, ...] = ("data", "expert")
+    d_model: tuple[str, ...] = ("data", "context", "expert")
     heads: tuple[str, ...] = ("model",)
     kv_heads: tuple[str, ...] = ("model",)
     experts: tuple[str, ...] = ("expert",)
     ffn: tuple[str, ...] = ("model",)
     norm: tuple[str, ...] = ()
+    tensors: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()
+
+    def __post_init__(self) -> None:
+        every = {axis: getattr(self, axis) for axis in LOGICAL_AXES}
+        every |= {pattern: sum(entries, ()) for pattern, entries in self.tensors}
+        for name, axes in every.items():
+            unknown = sorted(set(axes) - set(MESH_AXES))
+            if unknown:
+                known = ", ".join(MESH_AXES)
+                raise ShardingError(
+                    f"sharding of {name}: unknown mesh axis {unknown}; known: {known}"
+                )
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> ShardingRules:
+        """Rules for parameters from a config's section, the rest as by default.
+
+        Args:
+          values: Logical axes of parameters to mesh axes (a name, several, or none), and `tensors`,
+            a list of pairs. How a batch lies is not open to choice: the parallel layers are written
+            for it.
+
+        Raises:
+          ShardingError: an unknown key, with the nearest known one, or a value of another form.
+        """
+        known = [name for name in cls.__dataclass_fields__ if name not in ("batch", "sequence")]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+                raise ShardingError(f"unknown key sharding.{key}; did you mean sharding.{near}?")
+        rules: dict[str, Any] = {
+            key: _axes(values[key], f"sharding.{key}") for key in values if key != "tensors"
+        }
+        rules["tensors"] = tuple(_exception(pair) for pair in values.get("tensors") or ())
+        return cls(**rules)
 
     def spec(self, axes: Sequence[str | None], *, of: str = "array") -> PartitionSpec:
         """The physical axes of logical ones.
@@ -50,8 +92,8 @@ class ShardingRules:
         """
         entries: list[tuple[str, ...]] = []
         for axis in axes:
-            if axis is not None and axis not in self.__dataclass_fields__:
-                known = ", ".join(self.__dataclass_fields__)
+            if axis is not None and axis not in LOGICAL_AXES:
+                known = ", ".join(LOGICAL_AXES)
                 raise ShardingError(f"{of}: unknown logical axis {axis!r}; known: {known}")
             entries.append(() if axis is None else getattr(self, axis))
         if "experts" in axes:
@@ -60,14 +102,60 @@ class ShardingRules:
                 tuple(m for m in entry if axis == "experts" or m not in taken)
                 for axis, entry in zip(axes, entries, strict=True)
             ]
-        flat = [m for entry in entries for m in entry]
-        twice = sorted({m for m in flat if flat.count(m) > 1})
-        if twice:
-            raise ShardingError(f"{of}: logical axes {tuple(axes)} want mesh axis {twice} twice")
-        return PartitionSpec(*(entry or None for entry in entries))
+        return _checked(entries, f"{of}: logical axes {tuple(axes)}")
+
+    def exception(self, name: str, dims: int) -> PartitionSpec | None:
+        """The physical axes of a parameter that `tensors` names; None if it names none.
+
+        Args:
+          name: Of the parameter.
+          dims: Its dimensions, those of stacked layers not counted.
+
+        Raises:
+          ShardingError: the pattern has another number of dimensions, or a mesh axis twice.
+        """
+        found = (pair for pair in self.tensors if fnmatch.fnmatchcase(name, pair[0]))
+        pattern, entries = next(found, (None, ()))
+        if pattern is None:
+            return None
+        if len(entries) != dims:
+            raise ShardingError(
+                f"sharding of {pattern} has {len(entries)} dimensions, {name} has {dims} behind "
+                "those of stacked layers"
+            )
+        return _checked(entries, f"{name}: {entries}")
 
 
+def _axes(value: Any, of: str) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else tuple(value or ())
+    if not all(isinstance(name, str) for name in names):
+        raise ShardingError(f"{of} = {value!r} names no mesh axes; known: {', '.join(MESH_AXES)}")
+    return names
+
+
+def _exception(pair: Any) -> tuple[str, tuple[tuple[str, ...], ...]]:
+    match pair:
+        case (str(pattern), list() | tuple() as entries):
+            return pattern, tuple(_axes(entry, f"sharding of {pattern}") for entry in entries)
+    raise ShardingError(
+        f"sharding.tensors: {pair!r} is no pair of a pattern and the mesh axes of each dimension, "
+        'such as ("head.kernel", ("data", None))'
+    )
+
+
+def _checked(entries: Sequence[tuple[str, ...]], of: str) -> PartitionSpec:
+    flat = [m for entry in entries for m in entry]
+    twice = sorted({m for m in flat if flat.count(m) > 1})
+    if twice:
+        raise ShardingError(f"{of} want mesh axis {twice} twice")
+    return PartitionSpec(*(entry or None for entry in entries))
+
+
+LOGICAL_AXES = tuple(f.name for f in dataclasses.fields(ShardingRules) if f.name != "tensors")
 DEFAULT_RULES = ShardingRules()
+# To serve, weights are whole but for their experts, heads, ffn and vocabulary: gathering them anew
+# for each token would take longer than reading them.
+SERVING_RULES = ShardingRules(d_model=())
 
 
 def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
@@ -136,16 +224,19 @@ def param_shardings(
       rules: Logical to physical axes.
 
     Raises:
-      ShardingError: lists every parameter that the mesh does not divide.
+      ShardingError: lists every parameter that the mesh does not divide, or a pattern of
+        `rules.tensors` that no parameter matches.
     """
     problems: list[str] = []
+    _check_patterns(rules, params)
 
     def one(path: tuple[Any, ...], variable: nnx.Variable[Any]) -> nnx.Variable[Any]:
         name = ".".join(map(str, path))
         shape = variable.get_value().shape
         axes = variable.get_metadata("axes")
+        spec = rules.exception(name, len(axes)) or rules.spec(axes, of=name)
         stacked = (None,) * (len(shape) - len(axes))  # layers are stacked in front
-        spec = rules.spec((*stacked, *axes), of=name)
+        spec = PartitionSpec(*stacked, *spec)
         problems.extend(_undivided(name, shape, spec, mesh))
         return variable.replace(NamedSharding(mesh, spec))
 
@@ -154,6 +245,16 @@ def param_shardings(
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" * (len(problems) > 5))
         raise ShardingError(f"the mesh does not divide the model: {shown}")
     return shardings
+
+
+def _check_patterns(rules: ShardingRules, params: nnx.State) -> None:
+    names = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(params)]
+    for pattern, _ in rules.tensors:
+        if not fnmatch.filter(names, pattern):
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0)[0]
+            raise ShardingError(
+                f"sharding of {pattern} concerns no parameter; the nearest name is {near}"
+            )
 
 
 def _undivided(

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from mmjax.config import ConfigError, ModelConfig
 from mmjax.model import REMAT
+from mmjax.sharding import DEFAULT_RULES, ShardingError, ShardingRules
 
 _PRESETS = ("tiny", "minimax_text_01", "minimax_m1", "minimax_vl_01")
 
@@ -138,6 +139,8 @@ class JobConfig:
       init_from: Model folder or workdir whose parameters (and tokenizer) the job starts from.
       remat: What the backward pass recomputes, see `mmjax.Decoder`: "super_block", "layer", "none".
       mesh: Size of each mesh axis; empty puts all devices on `data`.
+      sharding: Where parameters lie otherwise than by default: logical axes to mesh axes, and under
+        `tensors` single parameters, see `ShardingRules.from_values`.
       log_every: Steps between lines of metrics.
     """
 
@@ -148,6 +151,7 @@ class JobConfig:
     init_from: str = ""
     remat: str = "super_block"
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    sharding: ShardingRules = DEFAULT_RULES
     log_every: int = 1
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -161,6 +165,8 @@ SECTIONS: dict[str, type] = {
     "cispo": CispoConfig,
     "checkpoint": CheckpointConfig,
 }
+# Read by functions of their own.
+_OTHER_SECTIONS = ("model", "mesh", "sharding")
 
 
 def build(config: ConfigDict) -> JobConfig:
@@ -183,14 +189,15 @@ def build(config: ConfigDict) -> JobConfig:
     for axis, size in mesh.items():
         if not isinstance(size, int) or isinstance(size, bool):
             problems.append(f"mesh.{axis} = {size!r} is no int")
-    job = _typed_fields(JobConfig, raw, "", problems, skip={*SECTIONS, "model", "mesh"})
+    sharding = _sharding(_section(raw, "sharding", problems), problems)
+    job = _typed_fields(JobConfig, raw, "", problems, skip=set(_OTHER_SECTIONS) | set(SECTIONS))
     built = _model(model, problems)
     for name in ("task", "steps"):
         if name not in job:
             problems.append(f"{name} is not set")
     if problems or built is None:
         raise ConfigError("job config: " + "; ".join(problems))
-    result = JobConfig(**job, **values, model=built, mesh=mesh)
+    result = JobConfig(**job, **values, model=built, mesh=mesh, sharding=sharding)
     _check(result)
     return result
 
@@ -201,6 +208,14 @@ def _section(raw: dict[str, Any], name: str, problems: list[str]) -> dict[str, A
         return dict(values)
     problems.append(f"{name} = {values!r} is no section of keys")
     return {}
+
+
+def _sharding(values: dict[str, Any], problems: list[str]) -> ShardingRules:
+    try:
+        return ShardingRules.from_values(values)
+    except ShardingError as error:
+        problems.append(str(error))
+        return DEFAULT_RULES
 
 
 def _model(values: dict[str, Any], problems: list[str]) -> ModelConfig | None:
@@ -243,7 +258,7 @@ def _typed_fields(
 
 
 def _nearest(key: str, prefix: str, hints: Mapping[str, Any]) -> str:
-    candidates = list(hints) + ([*SECTIONS, "model", "mesh"] if not prefix else [])
+    candidates = list(hints) + ([*SECTIONS, *_OTHER_SECTIONS] if not prefix else [])
     close = difflib.get_close_matches(key, candidates, n=1, cutoff=0.0)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 

@@ -58,7 +58,7 @@ class Job:
     def _initial_model(self) -> Decoder:
         if self.cfg.init_from:
             source = Path(self.cfg.init_from)
-            model = mmjax.load(source, mesh=self.mesh)
+            model = mmjax.load(source, mesh=self.mesh, rules=self.cfg.sharding)
             if model.cfg.vocab_size < self.tokenizer.vocab_size:
                 raise ConfigError(
                     f"the tokenizer has {self.tokenizer.vocab_size} ids, the model in {source} "
@@ -77,7 +77,7 @@ class Job:
         # Initialised under jit with sharded outputs, a large model never exists on one device.
         abstract = nnx.eval_shape(make)
         graphdef, params = nnx.split(abstract)
-        shardings = param_shardings(params, self.mesh)
+        shardings = param_shardings(params, self.mesh, self.cfg.sharding)
         # XLA's CPU compiler takes half a minute to optimise what runs once, for milliseconds.
         quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         draw = jax.jit(

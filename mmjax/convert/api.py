@@ -16,13 +16,19 @@ from mmjax.convert.errors import CheckpointError
 from mmjax.convert.params import PARAMS, ModelParams, Params, abstract_decoder, by_name
 from mmjax.convert.safetensors_folder import SafetensorsParams
 from mmjax.model import Decoder
-from mmjax.sharding import param_shardings
+from mmjax.sharding import DEFAULT_RULES, ShardingRules, param_shardings
 
 Layout = Literal["hf", "hf-native", "orbax"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
-def load(path: str | Path, *, mesh: Mesh | None = None, dtype: DTypeLike | None = None) -> Decoder:
+def load(
+    path: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    rules: ShardingRules = DEFAULT_RULES,
+    dtype: DTypeLike | None = None,
+) -> Decoder:
     """Loads a model folder: safetensors in the released or in transformers' layout, or Orbax.
 
     Everything is checked from the files' headers before the first tensor is read. Of a
@@ -32,6 +38,8 @@ def load(path: str | Path, *, mesh: Mesh | None = None, dtype: DTypeLike | None 
     Args:
       path: The folder. Tensor names decide the layout, whichever keys config.json uses.
       mesh: From `mmjax.sharding.make_mesh`; None for the default device.
+      rules: How parameters lie on the mesh: by default as they are trained, SERVING_RULES to run
+        the model without gathering weights for each call.
       dtype: Of parameters and activations; routers and a shared expert's coefficient are float32.
         None keeps every tensor's own, and takes the embedding's for the activations.
 
@@ -46,7 +54,7 @@ def load(path: str | Path, *, mesh: Mesh | None = None, dtype: DTypeLike | None 
     params = open_params(Path(path), None if dtype is None else jnp.dtype(dtype).name)
     structure, state = abstract_decoder(params.cfg)
     variables = by_name(state)
-    shardings = None if mesh is None else _shardings(state, mesh)
+    shardings = None if mesh is None else _shardings(state, mesh, rules)
     for name, array in params.arrays(shardings):
         variables[name] = variables[name].replace(jax.device_put(array))
     paths = [path for path, _ in nnx.to_flat_state(state)]
@@ -124,8 +132,8 @@ def open_params(path: Path, dtype: str | None = None) -> Params:
     raise CheckpointError(path, [f"is no model folder: expected {expected}; found {seen}"])
 
 
-def _shardings(state: nnx.State, mesh: Mesh) -> dict[str, Sharding]:
-    variables = by_name(param_shardings(state, mesh))
+def _shardings(state: nnx.State, mesh: Mesh, rules: ShardingRules) -> dict[str, Sharding]:
+    variables = by_name(param_shardings(state, mesh, rules))
     return {name: variable.get_value() for name, variable in variables.items()}
 
 

@@ -68,7 +68,7 @@ class Block(nnx.Module):
         h = alpha * (x if self.postnorm else h) + beta * attended
         y = self.moe_norm(h)
         real = None if ctx.segment_ids is None else ctx.segment_ids != 0
-        mixed, stats = self.moe(y, real, drop=cache is None)
+        mixed, stats = self.moe(y, real, training=cache is None)
         alpha, beta = self.moe_scales
         return alpha * (y if self.postnorm else h) + beta * mixed, cache, stats
 

@@ -13,7 +13,7 @@ from mmjax.config import ModelConfig
 from mmjax.layers import weights
 from mmjax.layers.experts import Weights, apply_experts
 from mmjax.layers.router import RouterStats, expert_capacity, route
-from mmjax.parallel.experts import apply_sharded_experts
+from mmjax.parallel.experts import FSDP_AXES, apply_sharded_experts
 from mmjax.sharding import active_mesh
 
 # Tokens that visit the experts together on a CPU: their rows stay in its caches.
@@ -40,7 +40,7 @@ class MoE(nnx.Module):
         self.shared = SharedExpert(cfg, rngs) if cfg.shared_intermediate_size else None
 
     def __call__(
-        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"] | None, *, drop: bool = False
+        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"] | None, *, training: bool = False
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """Routes every token; statistics count the real ones.
 
@@ -49,12 +49,13 @@ class MoE(nnx.Module):
         Args:
           x: Layer input [B, T, D].
           real: Which tokens are no padding; None for all.
-          drop: Experts take no more than their capacity, if the config gives them one; what is
-            dropped adds nothing, and padding visits none.
+          training: Experts take no more than their capacity, if the config gives them one; what is
+            dropped adds nothing, and padding visits none. On a mesh, the experts' matrices are
+            taken to be spread as for training.
         """
         real = jnp.ones(x.shape[:2], bool) if real is None else real
         capacity = 0
-        if drop and self.capacity_factor:
+        if training and self.capacity_factor:
             experts = self.w1.shape[0]
             capacity = expert_capacity(self.capacity_factor, real.size, self.top_k, experts)
         if active_mesh() is None:
@@ -62,7 +63,13 @@ class MoE(nnx.Module):
         else:
             kernels, router = self._kernels(), self.router[...]
             out, stats = apply_sharded_experts(
-                x, real, router, kernels, top_k=self.top_k, capacity=capacity
+                x,
+                real,
+                router,
+                kernels,
+                top_k=self.top_k,
+                capacity=capacity,
+                spread=FSDP_AXES if training else (),
             )
             out = out.astype(x.dtype)
         if self.shared is not None:

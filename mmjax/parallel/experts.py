@@ -40,8 +40,10 @@ from mmjax.layers.experts import (
     weighted_sum,
 )
 from mmjax.layers.router import RouterStats, route
-from mmjax.sharding import MESH_AXES, ShardingError, active_mesh
+from mmjax.sharding import DEFAULT_RULES, MESH_AXES, ShardingError, active_mesh
 
+# Over these the experts' matrices lie as `ShardingRules` spreads d_model, `expert` being taken.
+FSDP_AXES = tuple(axis for axis in DEFAULT_RULES.d_model if axis not in DEFAULT_RULES.experts)
 # Parts of the tokens whose exchange and experts may overlap.
 PARTS = 2
 # Room of an exchange over what even routing fills.
@@ -54,12 +56,14 @@ FEW_TOKENS = 256
 class Plan(NamedTuple):
     """How one layer's tokens lie on the mesh, and how they move.
 
-    batch_axes, sequence_axes: mesh axes over which rows, and each row, are spread; devices: of
-    the expert axis; experts: E of all of them; top_k; capacity: visits that an expert takes of the
-    whole batch, 0 for all; exchange: all-to-all, else gather tokens; ragged: the all-to-all leaves
-    out rows without a token-slot.
+    spread: mesh axes over which D of the experts' matrices lies until used; batch_axes,
+    sequence_axes: mesh axes over which rows, and each row, are spread; devices: of the expert axis;
+    experts: E of all of them; top_k; capacity: visits that an expert takes of the whole batch, 0
+    for all; exchange: all-to-all, else gather tokens; ragged: the all-to-all leaves out rows
+    without a token-slot.
     """
 
+    spread: tuple[str, ...]
     batch_axes: tuple[str, ...]
     sequence_axes: tuple[str, ...]
     devices: int
@@ -93,12 +97,13 @@ def apply_sharded_experts(
     *,
     top_k: int,
     capacity: int,
+    spread: tuple[str, ...] = (),
 ) -> tuple[Float32[Array, "B T D"], RouterStats]:
     """Routes x and applies its experts on the mesh in context, as one device would.
 
     Rows lie over (data, expert) and each row over context, as far as the shape divides; w1 and w3
-    over (expert, data, model), w2 over (expert, model, data). The part of the weights that lies
-    over `data` is gathered just before use, its gradient scattered.
+    over (expert, spread, model), w2 over (expert, model, spread). What lies over `spread` is
+    gathered just before use, its gradient scattered.
 
     Args:
       x: Layer input.
@@ -107,6 +112,8 @@ def apply_sharded_experts(
       kernels: Of all experts.
       top_k: Experts a token visits.
       capacity: Token-slots that each expert takes of the whole batch, in token order; 0 for all.
+      spread: Mesh axes over which D of the kernels lies: FSDP_AXES as training has them, none to
+        serve.
 
     Returns:
       The experts' weighted sum, and the router's statistics over the whole batch.
@@ -118,11 +125,12 @@ def apply_sharded_experts(
     """
     mesh = active_mesh()
     assert mesh is not None
-    _check_division(kernels.w1.shape, dict(mesh.shape))
-    plan = _plan(x.shape, kernels.w1.shape[0], dict(mesh.shape), top_k, capacity)
+    _check_division(kernels.w1.shape, dict(mesh.shape), spread)
+    experts = kernels.w1.shape[0]
+    plan = _plan(x.shape, experts, dict(mesh.shape), top_k, capacity, spread)
     rows, sequence = plan.batch_axes or None, plan.sequence_axes or None
     tokens, summed = P(rows, sequence), P((*plan.batch_axes, *plan.sequence_axes) or None)
-    into, back = P("expert", "data", "model"), P("expert", "model", "data")
+    into, back = P("expert", spread or None, "model"), P("expert", "model", spread or None)
     out, sums, logits = jax.shard_map(
         partial(_on_device, plan),
         in_specs=(tokens, tokens, P(), into, into, back),
@@ -134,34 +142,40 @@ def apply_sharded_experts(
 
 
 def _plan(
-    shape: tuple[int, ...], experts: int, mesh: dict[str, int], top_k: int, capacity: int
+    shape: tuple[int, ...],
+    experts: int,
+    mesh: dict[str, int],
+    top_k: int,
+    capacity: int,
+    spread: tuple[str, ...],
 ) -> Plan:
     batch, length, _ = shape
     # What does not divide stays whole: a single row to decode is on every device.
     choices: list[tuple[str, ...]] = [("data", "expert"), ("data",), ()]
     batch_axes = next(c for c in choices if batch % math.prod(mesh[a] for a in c) == 0)
     sequence_axes = () if length % mesh["context"] else ("context",)
-    spread = "expert" in batch_axes and mesh["expert"] > 1
+    apart = "expert" in batch_axes and mesh["expert"] > 1
     together = batch * length // (mesh["data"] * (mesh["context"] if sequence_axes else 1))
     return Plan(
+        spread,
         batch_axes,
         sequence_axes,
         devices=mesh["expert"],
         experts=experts,
         top_k=top_k,
         capacity=capacity,
-        exchange=spread and together > FEW_TOKENS,
+        exchange=apart and together > FEW_TOKENS,
         # On GPUs it corrupted gradients (marin #8077) and crashed (xla #47283); CPUs have none.
         ragged=dispatch.target().platform == "tpu",
     )
 
 
-def _check_division(shape: tuple[int, ...], mesh: dict[str, int]) -> None:
+def _check_division(shape: tuple[int, ...], mesh: dict[str, int], spread: tuple[str, ...]) -> None:
     sizes = zip(("num_experts", "hidden_size", "intermediate_size"), shape, strict=True)
     wrong = [
-        f"{name} {size} over {axis}={mesh[axis]}"
-        for (name, size), axis in zip(sizes, ("expert", "data", "model"), strict=True)
-        if size % mesh[axis]
+        f"{name} {size} over {'·'.join(f'{a}={mesh[a]}' for a in axes)}"
+        for (name, size), axes in zip(sizes, (("expert",), spread, ("model",)), strict=True)
+        if size % math.prod(mesh[a] for a in axes)
     ]
     if wrong:
         raise ShardingError(
@@ -184,16 +198,19 @@ def _on_device(
     )
     move = _exchanged if plan.exchange else _gathered
     tokens = x.reshape(-1, x.shape[-1])
-    out = move(plan, tokens, *routing, _gather_over_data(Weights(*kernels), x.dtype))
+    out = move(plan, tokens, *routing, _gather_whole(plan, Weights(*kernels), x.dtype))
     *sums, logits = stats
     return out.reshape(1, *x.shape), [s[None] for s in sums], logits
 
 
-def _gather_over_data(kernels: Weights, dtype: jnp.dtype) -> Weights:
+def _gather_whole(plan: Plan, kernels: Weights, dtype: jnp.dtype) -> Weights:
     """This device's experts, D whole; the transpose scatters the summed gradient."""
 
     def gather(kernel: jax.Array, axis: int) -> jax.Array:
-        return jax.lax.all_gather(kernel.astype(dtype), "data", axis=axis, tiled=True)
+        kernel = kernel.astype(dtype)
+        if not plan.spread:
+            return kernel
+        return jax.lax.all_gather(kernel, plan.spread, axis=axis, tiled=True)
 
     return Weights(gather(kernels.w1, 1), gather(kernels.w3, 1), gather(kernels.w2, 2))
 

@@ -108,6 +108,7 @@ def _job(args: argparse.Namespace, request: Request, topology: Topology) -> Job:
         length or _DEFAULT_LENGTH,
         args.remat or request.remat,
         args.moments,
+        request.sharding,
     )
 
 

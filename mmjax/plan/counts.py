@@ -20,11 +20,8 @@ from mmjax.config import LIGHTNING, SOFTMAX, ModelConfig
 from mmjax.model import Decoder
 from mmjax.plan.chips import Chip, Number
 from mmjax.plan.job import Job
-from mmjax.sharding import DEFAULT_RULES, MESH_AXES, ShardingRules, param_shardings
+from mmjax.sharding import MESH_AXES, SERVING_RULES, ShardingRules, param_shardings
 
-# Weights that a step reads but does not train stay where they are used: only experts, heads, ffn
-# and vocabulary are spread, and no step gathers them.
-SERVING_RULES = ShardingRules(d_model=())
 # Keys that softmax attention takes up at once; up to one block the scores are stored, not redone.
 SOFTMAX_BLOCK = 512
 # Tokens that a lightning kernel takes up at once.
@@ -90,7 +87,7 @@ def abstract_params(model: ModelConfig) -> tuple[nnx.GraphDef[Decoder], nnx.Stat
 
 def rules_of(job: Job) -> ShardingRules:
     """How a job's parameters lie on the mesh."""
-    return DEFAULT_RULES if job.kind == "train" else SERVING_RULES
+    return job.sharding if job.kind == "train" else SERVING_RULES
 
 
 def parameters(job: Job, mesh: MeshSizes) -> list[Parameter]:
@@ -289,7 +286,7 @@ def collectives(job: Job, mesh: MeshSizes, params: list[Parameter]) -> list[Coll
 
     - weights: gathered over the axes that hold d_model, once a forward pass and at least once more
       for the backward; their gradients scattered once over the same axes, and reduced over
-      `context`.
+      `context` where they are whole there.
     - experts (`expert`): k · R · D out and back, each forward pass and the backward.
     - heads and ffn (`model`): two reductions of R · D a layer, each forward pass and the backward.
     - sequence (`context`): the states of all parts, H · K · K in float32 a row and lightning

@@ -12,6 +12,7 @@ from typing import Any
 from mmjax.config import ConfigError, ModelConfig
 from mmjax.model import REMAT
 from mmjax.plan.chips import PlanError
+from mmjax.sharding import DEFAULT_RULES, ShardingRules
 
 JOBS = ("train", "prefill", "decode")
 PRESETS = ("minimax_m1", "minimax_text_01", "minimax_vl_01", "tiny")
@@ -30,6 +31,7 @@ class Job:
       length: Tokens of a row.
       remat: What a train step recomputes, see `mmjax.Decoder`.
       moments: dtype of AdamW's two moments; empty for the parameters' own.
+      sharding: How parameters lie while they are trained; to serve they lie by `SERVING_RULES`.
     """
 
     kind: str
@@ -38,6 +40,7 @@ class Job:
     length: int
     remat: str = "super_block"
     moments: str = ""
+    sharding: ShardingRules = DEFAULT_RULES
 
     def __post_init__(self) -> None:
         choices = {
@@ -74,17 +77,19 @@ class Request:
     length: int | None = None
     remat: str = "super_block"
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    sharding: ShardingRules = DEFAULT_RULES
 
 
 def read_request(source: str) -> Request:
     """Reads `configs/NAME.py[:STAGE]`, a model folder with a config.json, or a preset's name.
 
     A .py file is executed and its `get_config(stage)` asked, as the trainer does; of what it
-    returns only the model, the row sizes, the remat policy and the mesh are used.
+    returns only the model, the row sizes, the remat policy, the mesh and the sharding are used.
 
     Raises:
       PlanError: there is no such file, folder or preset, or the file cannot be run.
       ConfigError: it describes no model.
+      ShardingError: its `sharding` is wrong.
     """
     if source in PRESETS:
         return Request(getattr(ModelConfig, source)())
@@ -126,6 +131,7 @@ def _from_values(values: Mapping[str, Any], source: str) -> Request:
         length=data.get("sequence_length"),
         remat=values.get("remat", "super_block"),
         mesh=dict(values.get("mesh") or {}),
+        sharding=ShardingRules.from_values(values.get("sharding") or {}),
     )
 
 

@@ -61,7 +61,7 @@ def program(structure):
     """(output, statistics), and gradients in the parameters and x."""
 
     def loss(params, x, d_out, real):
-        out, stats = nnx.merge(structure, params)(x, real, drop=True)
+        out, stats = nnx.merge(structure, params)(x, real, training=True)
         visits, probability = stats.tokens_per_expert[None], stats.probability_sum[None]
         aux = load_balancing_loss(visits, probability, real.sum().astype(jnp.float32))
         return (out * d_out).sum() + aux, (out, stats, aux)
@@ -175,7 +175,7 @@ def test_uneven_parts(monkeypatch):
 
 
 def forward(structure):
-    call = lambda params, x, _, real: nnx.merge(structure, params)(x, real, drop=True)  # noqa: E731
+    call = lambda params, x, _, real: nnx.merge(structure, params)(x, real, training=True)  # noqa: E731
     return jax.jit(call, compiler_options=QUICK)
 
 

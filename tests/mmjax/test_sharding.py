@@ -23,29 +23,30 @@ from mmjax.sharding import (
 from tests.mmjax.programs import forward, random_model, small_config, tokens
 
 BOTH = ("data", "expert")
+ALL = ("data", "context", "expert")
 # Each kind of parameter, under the two stacked axes of the layers.
 SPECS = {
-    "embed.embedding": P("model", BOTH),
-    "head.kernel": P(BOTH, "model"),
+    "embed.embedding": P("model", ALL),
+    "head.kernel": P(ALL, "model"),
     "norm.scale": P(None),
     "blocks.runs.0.attention_norm.scale": P(None, None, None),
     "blocks.runs.0.moe_norm.scale": P(None, None, None),
-    "blocks.runs.0.attention.qkv": P(None, None, BOTH, "model", None, None),
-    "blocks.runs.0.attention.gate": P(None, None, BOTH, "model", None),
+    "blocks.runs.0.attention.qkv": P(None, None, ALL, "model", None, None),
+    "blocks.runs.0.attention.gate": P(None, None, ALL, "model", None),
     "blocks.runs.0.attention.norm": P(None, None, "model", None),
-    "blocks.runs.0.attention.out": P(None, None, "model", None, BOTH),
-    "blocks.runs.1.attention.q": P(None, None, BOTH, "model", None),
-    "blocks.runs.1.attention.k": P(None, None, BOTH, "model", None),
-    "blocks.runs.1.attention.v": P(None, None, BOTH, "model", None),
-    "blocks.runs.1.attention.out": P(None, None, "model", None, BOTH),
-    "blocks.runs.0.moe.router": P(None, None, BOTH, None),
-    "blocks.runs.0.moe.w1": P(None, None, "expert", "data", "model"),
-    "blocks.runs.0.moe.w3": P(None, None, "expert", "data", "model"),
-    "blocks.runs.0.moe.w2": P(None, None, "expert", "model", "data"),
-    "blocks.runs.0.moe.shared.gate": P(None, None, BOTH, "model"),
-    "blocks.runs.0.moe.shared.up": P(None, None, BOTH, "model"),
-    "blocks.runs.0.moe.shared.down": P(None, None, "model", BOTH),
-    "blocks.runs.0.moe.shared.coefficient": P(None, None, BOTH, None),
+    "blocks.runs.0.attention.out": P(None, None, "model", None, ALL),
+    "blocks.runs.1.attention.q": P(None, None, ALL, "model", None),
+    "blocks.runs.1.attention.k": P(None, None, ALL, "model", None),
+    "blocks.runs.1.attention.v": P(None, None, ALL, "model", None),
+    "blocks.runs.1.attention.out": P(None, None, "model", None, ALL),
+    "blocks.runs.0.moe.router": P(None, None, ALL, None),
+    "blocks.runs.0.moe.w1": P(None, None, "expert", ("data", "context"), "model"),
+    "blocks.runs.0.moe.w3": P(None, None, "expert", ("data", "context"), "model"),
+    "blocks.runs.0.moe.w2": P(None, None, "expert", "model", ("data", "context")),
+    "blocks.runs.0.moe.shared.gate": P(None, None, ALL, "model"),
+    "blocks.runs.0.moe.shared.up": P(None, None, ALL, "model"),
+    "blocks.runs.0.moe.shared.down": P(None, None, "model", ALL),
+    "blocks.runs.0.moe.shared.coefficient": P(None, None, ALL, None),
 }
 
 
@@ -205,3 +206,39 @@ def test_constrain(mesh):
     with jax.set_mesh(mesh):
         pinned = jax.jit(lambda x: constrain(x, "batch", "sequence", None))(x)
     assert same_sharding(pinned.sharding, mesh, P(BOTH, None, None), 3)
+
+
+def test_rules_from_a_config(model):
+    rules = ShardingRules.from_values(
+        {
+            "d_model": ["data"],
+            "vocab": None,
+            "tensors": [("head.*", (None, ("data", "model"))), ("*.moe.w2", (None, "model", None))],
+        }
+    )
+    _, state = abstract_decoder(model.cfg)
+    mesh = make_mesh({"data": 2, "expert": 2, "model": 2})
+    specs = {n: v.get_value().spec for n, v in by_name(param_shardings(state, mesh, rules)).items()}
+    assert specs["embed.embedding"] == P(None, ("data",))
+    assert specs["head.kernel"] == P(None, ("data", "model"))
+    assert specs["blocks.runs.0.moe.w1"] == P(None, None, ("expert",), ("data",), ("model",))
+    assert specs["blocks.runs.0.moe.w2"] == P(None, None, None, ("model",), None)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dmodel": "data"}, "unknown key sharding.dmodel; did you mean sharding.d_model?"),
+        ({"batch": "data"}, "unknown key sharding.batch"),
+        ({"vocab": ["tensor"]}, r"sharding of vocab: unknown mesh axis \['tensor'\]; known: data"),
+        ({"vocab": [1]}, r"sharding.vocab = \[1\] names no mesh axes"),
+        ({"tensors": ["head.kernel"]}, "'head.kernel' is no pair of a pattern and the mesh axes"),
+        ({"tensors": [("head.kernels", (None,))]}, "no parameter; the nearest name is head.kernel"),
+        ({"tensors": [("head.*", (None,))]}, r"head.\* has 1 dimensions, head.kernel has 2"),
+        ({"tensors": [("head.*", ("data", "data"))]}, r"want mesh axis \['data'\] twice"),
+    ],
+)
+def test_wrong_rules(values, message, model, mesh):
+    _, state = abstract_decoder(model.cfg)
+    with pytest.raises(ShardingError, match=message):
+        param_shardings(state, mesh, ShardingRules.from_values(values))
