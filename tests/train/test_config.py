@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 import train.__main__ as cli
 from mmjax.config import ConfigError
 from mmjax.model import Decoder
+from mmjax.sharding import ShardingRules
 from tests.train.programs import lenient
 from train import config as job_config
 from train.cispo import Batch, cispo_step
@@ -57,6 +58,10 @@ def test_values_arrive_typed():
     assert isinstance(built.optimizer.learning_rate, float)
     assert built.data.tasks == ("products",)
     assert built.mesh == {"data": -1}
+    tensors = (("head.kernel", (None, ["data", "model"])),)
+    built = build(job(sharding__d_model="data", sharding__tensors=tensors))
+    exception = ("head.kernel", ((), ("data", "model")))
+    assert built.sharding == ShardingRules(d_model=("data",), tensors=(exception,))
     assert built.model.num_layers == 2
 
 
@@ -75,6 +80,7 @@ def test_a_frozen_job_is_all_defaults_but_what_is_set():
         ("cispo__is_weight_kap", "cispo.is_weight_cap"),
         ("checkpoint__evry", "checkpoint.every"),
         ("model__num_layrs", "model.num_layers"),
+        ("sharding__hed", "sharding.heads"),
     ],
 )
 def test_typo_names_the_nearest_key(typo, meant):
@@ -242,7 +248,7 @@ def rl_batch(cfg):
 
 
 def test_the_command_line_knows_every_section():
-    assert set(cli.SECTIONS) == {*job_config.SECTIONS, "model", "mesh"}
+    assert set(cli.SECTIONS) == {*job_config.SECTIONS, "model", "mesh", "sharding"}
 
 
 # The gin overlay.

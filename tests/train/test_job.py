@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mmjax.config import ConfigError, ModelConfig
-from mmjax.sharding import ShardingError, make_mesh
+from mmjax.sharding import ShardingError, ShardingRules, make_mesh
 from tests.train.programs import problems_and_tokenizer
 from train.cispo import _reached
 from train.config import CheckpointConfig, DataConfig, JobConfig
@@ -170,6 +172,22 @@ def test_batch_that_the_mesh_does_not_divide(tmp_path):
     job = Run(tmp_path).job
     with pytest.raises(ConfigError, match=r"batch of 3 rows does not divide .* 8"):
         job.put({"tokens": np.zeros((3, 4), np.int32)})
+
+
+def test_parameters_and_moments_lie_as_the_config_says(tmp_path):
+    model = ModelConfig.tiny(num_layers=2, layer_types=("lightning", "softmax"))
+    rules = ShardingRules(vocab=("data",), d_model=(), tensors=(("head.*", ((), ("model",))),))
+    cfg = JobConfig("sft", 1, model=model, mesh={"data": 4, "model": 2}, sharding=rules)
+    state = Job(cfg, tmp_path, TOKENIZER, 1).state
+    found = {}
+    for path, x in jax.tree_util.tree_leaves_with_path((state.params, state.opt_state)):
+        name = jax.tree_util.keystr(path)
+        for part, spec in {"embedding": P("data", None), "head": P(None, "model")}.items():
+            if part in name:
+                found.setdefault(part, []).append(
+                    x.sharding.is_equivalent_to(NamedSharding(x.sharding.mesh, spec), x.ndim)
+                )
+    assert found == {"embedding": [True] * 3, "head": [True] * 3}
 
 
 # Jobs that never start.
