@@ -1,4 +1,8 @@
-"""HybridCache: KV for the softmax layers, one constant-size state for each lightning layer."""
+"""Caches: KV for the softmax layers, one constant-size state for each lightning layer.
+
+`HybridCache` has a row of its own for each sequence of a batch. `PagedCache` holds the sequences of
+an engine in pools, keys and values in pages, of which a batch names those that it runs.
+"""
 
 from __future__ import annotations
 
@@ -63,3 +67,28 @@ class HybridCache(NamedTuple):
             jnp.repeat(self.state, times, axis=1),
             jnp.repeat(self.length, times),
         )
+
+
+class PagedCache(NamedTuple):
+    """What many sequences remember, in pools, and which of them the B rows of a batch are.
+
+    Attributes:
+      keys: [N softmax layers, P, page, G, K], P pages of the same number of tokens, RoPE applied.
+      values: [N, P, page, G, K].
+      state: [M lightning layers, S, H, K, V] float32, S states.
+      table: [B, W] int32: the row's pages in the order of its tokens; any page where it has none.
+      slots: [B] int32: the row's state, no two rows the same one; negative for an idle row.
+      length: [B] int32, tokens of the row so far.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    state: jax.Array
+    table: jax.Array
+    slots: jax.Array
+    length: jax.Array
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row can hold."""
+        return self.table.shape[1] * self.keys.shape[2]

@@ -14,9 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.lightning_attention.clock import number_segments
-from mmjax.cache import HybridCache
+from mmjax.cache import HybridCache, PagedCache
 from mmjax.config import LIGHTNING, SOFTMAX, ModelConfig
-from mmjax.layers.block import Block, Context, LayerIndex, empty_stats
+from mmjax.layers.block import Block, Cache, Context, LayerIndex, empty_stats
 from mmjax.layers.embed import Embed, Head, tied_logits
 from mmjax.layers.lightning import decay_rates
 from mmjax.layers.moe import RouterStats, load_balancing_loss
@@ -58,7 +58,7 @@ class Output(NamedTuple):
 
     logits: jax.Array | None
     hidden: jax.Array
-    cache: HybridCache | None
+    cache: Cache | None
     aux: Aux
     intermediates: Intermediates | None
 
@@ -92,7 +92,9 @@ class Decoder(nnx.Module):
         self.cfg = cfg
         self.remat = remat
         self.embed = Embed(cfg, rngs)
-        self.blocks = _stack(partial(SuperBlock, cfg), cfg.num_layers // cfg.period, rngs)
+        self.blocks: SuperBlock | nnx.List[Block] = _stack(
+            partial(SuperBlock, cfg), cfg.num_layers // cfg.period, rngs
+        )
         self.norm = RMSNorm(cfg.hidden_size, "norm", cfg.norm_eps, cfg.param_dtype)
         self.head = None if cfg.tie_embeddings else Head(cfg, rngs)
 
@@ -102,7 +104,7 @@ class Decoder(nnx.Module):
         *,
         positions: Int32[Array, "B T"] | None = None,
         segment_ids: Int32[Array, "B T"] | None = None,
-        cache: HybridCache | None = None,
+        cache: Cache | None = None,
         compute_logits: bool = True,
         return_intermediates: bool = False,
     ) -> Output:
@@ -149,10 +151,30 @@ class Decoder(nnx.Module):
             return tied_logits(hidden, self.embed.embedding[...])
         return self.head(hidden)
 
+    def unstacked(self) -> Decoder:
+        """The same model with parameters of its own for every layer, in order, and no scan.
+
+        Cut out of a stack for a kernel or a matmul, a layer's weights are copied first, which a
+        decode step, all of whose time is reading weights, pays for more than once. Programs grow
+        with the layers in return.
+        """
+        if isinstance(self.blocks, nnx.List):
+            return self
+        layers = [
+            jax.tree.map(lambda x, s=s, i=i: x[s, i], run)
+            for s in range(self.cfg.num_layers // self.cfg.period)
+            for run, (_, count) in zip(self.blocks.runs, pattern_runs(self.cfg), strict=True)
+            for i in range(count)
+        ]
+        model = nnx.merge(*nnx.split(self))
+        model.blocks = nnx.List(layers)
+        return model
+
     def _layers(
-        self, h: jax.Array, cache: HybridCache | None, ctx: Context, keep: bool
-    ) -> tuple[jax.Array, HybridCache | None, RouterStats, jax.Array]:
+        self, h: jax.Array, cache: Cache | None, ctx: Context, keep: bool
+    ) -> tuple[jax.Array, Cache | None, RouterStats, jax.Array]:
         """All layers; statistics and (if `keep`) layer inputs come back [L, ...]."""
+        indices = _layer_indices(self.cfg)
 
         def layer(carry: _Carry, x: tuple[Block, LayerIndex]) -> tuple[_Carry, _LayerOut]:
             h, cache = carry
@@ -175,15 +197,21 @@ class Decoder(nnx.Module):
 
         if cache is None and self.remat != "none":
             layer = jax.checkpoint(layer)
+        if isinstance(self.blocks, nnx.List):
+            carry, each = (h, cache), []
+            for block, index in zip(self.blocks, _in_order(indices), strict=True):
+                carry, out = layer(carry, (block, index))
+                each.append(out)
+            return *carry, *jax.tree.map(lambda *layers: jnp.stack(layers), *each)
         body = super_block
         if cache is None and self.remat == "super_block":
             body = jax.checkpoint(super_block)
-        carry, outs = _scan(body, (h, cache), (self.blocks, _layer_indices(self.cfg)))
+        carry, outs = _scan(body, (h, cache), (self.blocks, indices))
         stats, inputs = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outs)
         return *carry, stats, inputs
 
 
-type _Carry = tuple[jax.Array, HybridCache | None]
+type _Carry = tuple[jax.Array, Cache | None]
 type _LayerOut = tuple[RouterStats, jax.Array]
 
 
@@ -206,6 +234,17 @@ def _layer_indices(cfg: ModelConfig) -> list[LayerIndex]:
         indices.append(LayerIndex(jnp.asarray(rates[layers]), jnp.asarray(place[layers])))
         first += count
     return indices
+
+
+def _in_order(indices: list[LayerIndex]) -> list[LayerIndex]:
+    """The constants of each layer, of all layers in order."""
+    super_blocks = indices[0].place.shape[0]
+    return [
+        LayerIndex(run.decay[s, i], run.place[s, i])
+        for s in range(super_blocks)
+        for run in indices
+        for i in range(run.place.shape[1])
+    ]
 
 
 def _stack[M: nnx.Module](make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
@@ -237,13 +276,13 @@ def _places(
     tokens: jax.Array,
     positions: jax.Array | None,
     segment_ids: jax.Array | None,
-    cache: HybridCache | None,
+    cache: Cache | None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """RoPE positions, cache slots and the segment ids that the layers are to see."""
     batch, length = tokens.shape
     if cache is not None and segment_ids is not None:
         segment_ids = (segment_ids != 0).astype(jnp.int32)
-    if segment_ids is None:
+    if segment_ids is None or length == 1:
         place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
     else:
         place, segment_ids = number_segments(segment_ids)

@@ -1,6 +1,19 @@
 """Text out of a model."""
 
+from mmjax.engine.engine import Engine
 from mmjax.engine.generate import Completions, generate
-from mmjax.engine.sampling import SamplingParams
+from mmjax.engine.results import Completion, EngineStats, Output, RequestError, TokenLogprob
+from mmjax.engine.sampling import RepetitionHalt, SamplingParams
 
-__all__ = ["Completions", "SamplingParams", "generate"]
+__all__ = [
+    "Completion",
+    "Completions",
+    "Engine",
+    "EngineStats",
+    "Output",
+    "RepetitionHalt",
+    "RequestError",
+    "SamplingParams",
+    "TokenLogprob",
+    "generate",
+]

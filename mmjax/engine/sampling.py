@@ -1,24 +1,57 @@
-"""How the next token is chosen."""
+"""How the next token is chosen: the parameters, and the draw for rows that each have their own."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
+# Most alternatives that can be asked for beside a token's own log-probability.
+MAX_LOGPROBS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class RepetitionHalt:
+    """Ends a sample that repeats itself: `tokens` in a row, each likelier than `probability`.
+
+    Source: MiniMax-M1 report, section 3.2, early truncation.
+    """
+
+    tokens: int = 3000
+    probability: float = 0.99
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ValueError(f"repetition_halt.tokens must be at least 1, got {self.tokens}")
+        if not 0 < self.probability < 1:
+            raise ValueError(
+                f"repetition_halt.probability must be in (0, 1), got {self.probability}"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How to sample one batch.
+    """How to sample one request.
 
     Attributes:
-      max_tokens: Most new tokens a row.
+      max_tokens: Most new tokens of a sample.
       temperature: Of the softmax; 0 takes the likeliest token.
       top_p: Keep the likeliest tokens that together reach this probability; 1 keeps all.
       top_k: Keep this many likeliest tokens; 0 keeps all.
-      eos_id: Token that ends a row, itself part of the completion; None for none.
+      eos_id: Token that ends a sample, itself part of it; None for the engine's own.
+      min_p: Keep tokens of at least this share of the likeliest one's probability; 0 keeps all.
+      seed: The same seed draws the same tokens, whatever else runs; None draws a seed.
+      n: Samples of the prompt; they share its prefill.
+      stop: Texts that end a sample and are not part of its text.
+      stop_ids: Further tokens that end a sample.
+      logprobs: Alternatives to report beside each token's log-probability; 0 for the token's own
+        alone, None for nothing.
+      ignore_eos: Go on after the end token.
+      thinking_budget: Tokens after which an open thinking part is closed; None for no limit.
+      repetition_halt: When to end a sample that repeats itself; None for never.
     """
 
     max_tokens: int = 256
@@ -26,22 +59,59 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     eos_id: int | None = None
+    min_p: float = 0.0
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    ignore_eos: bool = False
+    thinking_budget: int | None = None
+    repetition_halt: RepetitionHalt | None = RepetitionHalt()
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must not be negative, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_k < 0:
             raise ValueError(f"top_k must not be negative, got {self.top_k}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
+        if self.n < 1:
+            raise ValueError(f"n must be at least 1, got {self.n}")
+        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+            raise ValueError(f"stop must be a tuple of texts that are not empty, got {self.stop!r}")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise ValueError(f"logprobs must be 0 to {MAX_LOGPROBS} or None, got {self.logprobs}")
+        if self.thinking_budget is not None and self.thinking_budget < 0:
+            raise ValueError(f"thinking_budget must not be negative, got {self.thinking_budget}")
+
+
+class Draw(NamedTuple):
+    """How each of B rows draws: temperature, top_p, min_p [B] float32, top_k [B] int32, as in
+    `SamplingParams`.
+    """
+
+    temperature: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    top_k: jax.Array
+
+    @classmethod
+    def all_rows(cls, params: SamplingParams, rows: int) -> Draw:
+        """Every row alike."""
+        values = (params.temperature, params.top_p, params.min_p)
+        floats = (jnp.full(rows, value, jnp.float32) for value in values)
+        return cls(*floats, jnp.full(rows, params.top_k, jnp.int32))
 
 
 def sample(
     logits: Float32[Array, "B vocab"], keys: jax.Array, params: SamplingParams
 ) -> tuple[Int32[Array, " B"], Float32[Array, " B"]]:
-    """Draws one token a row.
+    """Draws one token a row, all rows by the same parameters.
 
     Args:
       logits: [B, vocab] float32.
@@ -53,26 +123,69 @@ def sample(
       and top-k: the distribution that a trainer can compute again. At temperature 0, under
       softmax(logits).
     """
-    logp = jax.nn.log_softmax(logits / (params.temperature or 1.0), axis=-1)
-    if params.temperature == 0:
-        token = jnp.argmax(logits, axis=-1)
-    else:
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logp.shape[1:]))(keys)
-        # Fused into the search for the largest, XLA draws the noise one number at a time on CPUs.
-        token = jnp.argmax(_filtered(logp, params) + jax.lax.optimization_barrier(noise), axis=-1)
-    token = token.astype(jnp.int32)
+    token, logp = draw(logits, keys, Draw.all_rows(params, logits.shape[0]))
     return token, jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
 
 
-def _filtered(logp: jax.Array, params: SamplingParams) -> jax.Array:
-    if params.top_k:
-        least = jax.lax.top_k(logp, min(params.top_k, logp.shape[-1]))[0][:, -1:]
-        logp = jnp.where(logp >= least, logp, -jnp.inf)
-    if params.top_p < 1:
-        ordered = jnp.sort(logp, axis=-1, descending=True)
-        probability = jnp.exp(jax.nn.log_softmax(ordered, axis=-1))
-        # Keep a token while those likelier than it have not yet reached top_p.
-        kept = jnp.cumsum(probability, axis=-1) - probability < params.top_p
-        least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-        logp = jnp.where(logp >= least, logp, -jnp.inf)
-    return logp
+def draw(
+    logits: Float32[Array, "B vocab"], keys: jax.Array, how: Draw
+) -> tuple[Int32[Array, " B"], Float32[Array, "B vocab"]]:
+    """Draws one token a row, each row by parameters of its own.
+
+    What no row asks for, noise and filters, is left out while running, not while compiling.
+
+    Args:
+      logits: [B, vocab] float32.
+      keys: One PRNG key a row [B].
+      how: How to draw.
+
+    Returns:
+      The tokens [B], and log softmax(logits / temperature) [B, vocab] as for `sample`.
+    """
+    greedy = how.temperature == 0
+    temperature = jnp.where(greedy, 1, how.temperature)
+    logp = jax.nn.log_softmax(logits / temperature[:, None], axis=-1)
+    filtering = (how.top_p < 1) | (how.top_k > 0) | (how.min_p > 0)
+    kept = jax.lax.cond(jnp.any(filtering & ~greedy), _filtered, lambda logp, _: logp, logp, how)
+
+    def with_noise(kept: jax.Array) -> jax.Array:
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logp.shape[1:]))(keys)
+        # Fused into the search for the largest, XLA draws the noise one number at a time on CPUs.
+        noise = jax.lax.optimization_barrier(noise)
+        return jnp.where(greedy[:, None], logp, kept + noise)
+
+    scores = jax.lax.cond(jnp.all(greedy), lambda _: logp, with_noise, kept)
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32), logp
+
+
+def _filtered(logp: jax.Array, how: Draw) -> jax.Array:
+    """logp where min_p, top_k and, of what these leave, top_p keep a token; else -inf."""
+    top = logp.max(-1, keepdims=True)
+    # min_p 0 gives -inf, which keeps all.
+    logp = jnp.where(logp - top >= jnp.log(how.min_p)[:, None], logp, -jnp.inf)
+    kept = jnp.where(how.top_k > 0, how.top_k, logp.shape[-1]).astype(jnp.float32)
+    logp = jnp.where(logp >= _least(logp, jnp.ones_like(logp), kept), logp, -jnp.inf)
+    probability = jnp.exp(logp - jax.nn.logsumexp(logp, axis=-1, keepdims=True))
+    least = _least(logp, probability, how.top_p)
+    return jnp.where((logp >= least) | (how.top_p >= 1)[:, None], logp, -jnp.inf)
+
+
+def _least(logp: jax.Array, weight: jax.Array, target: jax.Array) -> jax.Array:
+    """The largest t [B, 1] such that tokens with logp >= t weigh at least `target` [B] together.
+
+    Found bit by bit in the order of floats, which is cheaper than sorting a vocabulary.
+    """
+    bits = jax.lax.bitcast_convert_type(logp, jnp.int32)
+    # logp <= 0: the bit patterns grow as the numbers fall, from 0 (or that of -0) to -inf.
+    depth = jnp.where(logp == 0, 0, bits & 0x7FFFFFFF)
+    low = jnp.full(logp.shape[:1], -1, jnp.int32)
+    high = jnp.full(logp.shape[:1], 0x7F800000, jnp.int32)
+
+    def halve(_: int, x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = x
+        middle = low + (high - low) // 2
+        enough = jnp.where(depth <= middle[:, None], weight, 0).sum(-1) >= target
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    _, high = jax.lax.fori_loop(0, 31, halve, (low, high))
+    return -jax.lax.bitcast_convert_type(high, jnp.float32)[:, None]

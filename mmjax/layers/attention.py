@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
+from mmjax.cache import PagedCache
 from mmjax.config import ModelConfig
 from mmjax.layers import weights
 from mmjax.layers.rope import apply_rope
@@ -69,6 +70,19 @@ class SoftmaxAttention(nnx.Module):
         q, k, v = self._project(x, angles)
         out, keys, values = sequence.softmax_on_cache(q, k, v, slots, keys, values, layer)
         return self._output(out), keys, values
+
+    def extend_pages(
+        self,
+        x: Float[Array, "B T D"],
+        angles: Float32[Array, "B T R"],
+        slots: Int32[Array, "B T"],
+        cache: PagedCache,
+        layer: Int32[Array, ""],
+    ) -> tuple[Float[Array, "B T D"], PagedCache]:
+        """`extend` on the rows' pages: slots counts a row's tokens, its capacity for padding."""
+        q, k, v = self._project(x, angles)
+        out, keys, values = sequence.softmax_on_pages(q, k, v, slots, cache, layer)
+        return self._output(out), cache._replace(keys=keys, values=values)
 
     def _project(self, x: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, k, v = (

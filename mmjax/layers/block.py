@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmjax.cache import HybridCache
+from mmjax.cache import HybridCache, PagedCache
 from mmjax.config import LIGHTNING, ModelConfig
 from mmjax.layers.attention import SoftmaxAttention
 from mmjax.layers.lightning import LightningAttention
 from mmjax.layers.moe import MoE, RouterStats
 from mmjax.layers.norm import RMSNorm
+
+
+type Cache = HybridCache | PagedCache
 
 
 class Context(NamedTuple):
@@ -59,8 +62,8 @@ class Block(nnx.Module):
         self.postnorm = cfg.postnorm
 
     def __call__(
-        self, h: jax.Array, cache: HybridCache | None, index: LayerIndex, ctx: Context
-    ) -> tuple[jax.Array, HybridCache | None, RouterStats]:
+        self, h: jax.Array, cache: Cache | None, index: LayerIndex, ctx: Context
+    ) -> tuple[jax.Array, Cache | None, RouterStats]:
         """Runs the layer on h [B, T, D], updating its own part of the cache."""
         x = self.attention_norm(h)
         attended, cache = self._attend(x, cache, index, ctx)
@@ -68,14 +71,19 @@ class Block(nnx.Module):
         h = alpha * (x if self.postnorm else h) + beta * attended
         y = self.moe_norm(h)
         real = None if ctx.segment_ids is None else ctx.segment_ids != 0
-        mixed, stats = self.moe(y, real, training=cache is None)
+        mixed, stats = self.moe(y, real, training=cache is None, skip=isinstance(cache, PagedCache))
         alpha, beta = self.moe_scales
         return alpha * (y if self.postnorm else h) + beta * mixed, cache, stats
 
     def _attend(
-        self, x: jax.Array, cache: HybridCache | None, index: LayerIndex, ctx: Context
-    ) -> tuple[jax.Array, HybridCache | None]:
+        self, x: jax.Array, cache: Cache | None, index: LayerIndex, ctx: Context
+    ) -> tuple[jax.Array, Cache | None]:
         layer = self.attention
+        if isinstance(cache, PagedCache):
+            if isinstance(layer, LightningAttention):
+                return layer.extend(x, index.decay, ctx.segment_ids, cache, index.place)
+            assert ctx.slots is not None
+            return layer.extend_pages(x, ctx.angles, ctx.slots, cache, index.place)
         if isinstance(layer, LightningAttention):
             state = None if cache is None else cache.state[index.place]
             out, state = layer(x, index.decay, segment_ids=ctx.segment_ids, state=state)

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
+from mmjax.cache import PagedCache
 from mmjax.config import ModelConfig
 from mmjax.layers import weights
 from mmjax.layers.norm import rms_norm
@@ -83,14 +84,34 @@ class LightningAttention(nnx.Module):
         Returns:
           Output [B, T, D] and the state after the last real token.
         """
+        q, k, v = self._project(x)
+        out, state = sequence.lightning(q, k, v, decay, segment_ids=segment_ids, state=state)
+        return self._output(x, out), state
+
+    def extend(
+        self,
+        x: Float[Array, "B T D"],
+        decay: Float32[Array, " H"],
+        segment_ids: Int32[Array, "B T"] | None,
+        cache: PagedCache,
+        layer: Int32[Array, ""],
+    ) -> tuple[Float[Array, "B T D"], PagedCache]:
+        """Attends on the rows' states in layer `layer` of the pool, and advances them there."""
+        q, k, v = self._project(x)
+        out, state = sequence.lightning_on_pool(q, k, v, decay, segment_ids, cache, layer)
+        return self._output(x, out), cache._replace(state=state)
+
+    def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         batch, length, _ = x.shape
         _, heads, _, dim = self.qkv.shape
         qkv = jax.nn.silu(weights.project(x, self.qkv[...]))
         qkv = qkv.reshape(batch, length, heads, 3, dim)
         # The transpose of a split is one concatenation, that of three slices is three paddings.
         q, k, v = (part[:, :, :, 0] for part in jax.lax.split(qkv, (1, 1, 1), axis=3))
-        out, state = sequence.lightning(q, k, v, decay, segment_ids=segment_ids, state=state)
-        flat = out.reshape(batch, length, heads * dim)
+        return q, k, v
+
+    def _output(self, x: jax.Array, out: jax.Array) -> jax.Array:
+        flat = out.reshape(*x.shape[:2], -1)
         normed = rms_norm(flat, self.norm[...].reshape(-1), INNER_NORM_EPS)
         gate = jax.nn.sigmoid(weights.project(x, self.gate[...]))
-        return weights.project(gate * normed, self.out[...]), state
+        return weights.project(gate * normed, self.out[...])

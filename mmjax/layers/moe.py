@@ -40,7 +40,12 @@ class MoE(nnx.Module):
         self.shared = SharedExpert(cfg, rngs) if cfg.shared_intermediate_size else None
 
     def __call__(
-        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"] | None, *, training: bool = False
+        self,
+        x: Float[Array, "B T D"],
+        real: Bool[Array, "B T"] | None,
+        *,
+        training: bool = False,
+        skip: bool = False,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """Routes every token; statistics count the real ones.
 
@@ -52,6 +57,8 @@ class MoE(nnx.Module):
           training: Experts take no more than their capacity, if the config gives them one; what is
             dropped adds nothing, and padding visits none. On a mesh, the experts' matrices are
             taken to be spread as for training.
+          skip: Padding visits no expert, so that idle rows of a decode step read no weights; on
+            one device only.
         """
         real = jnp.ones(x.shape[:2], bool) if real is None else real
         capacity = 0
@@ -59,7 +66,7 @@ class MoE(nnx.Module):
             experts = self.w1.shape[0]
             capacity = expert_capacity(self.capacity_factor, real.size, self.top_k, experts)
         if active_mesh() is None:
-            out, stats = self._on_one_device(x, real, capacity)
+            out, stats = self._on_one_device(x, real, capacity, skip)
         else:
             kernels, router = self._kernels(), self.router[...]
             out, stats = apply_sharded_experts(
@@ -80,9 +87,12 @@ class MoE(nnx.Module):
         return Weights(self.w1[...], self.w3[...], self.w2[...])
 
     def _on_one_device(
-        self, x: jax.Array, real: jax.Array, capacity: int
+        self, x: jax.Array, real: jax.Array, capacity: int, skip: bool
     ) -> tuple[jax.Array, RouterStats]:
         routing, stats = route(x, real, self.router[...], self.top_k, capacity)
+        if skip:
+            expert = jnp.where(real.reshape(-1, 1), routing.expert, self.w1.shape[0])
+            routing = routing._replace(expert=expert)
         tokens = x.reshape(-1, x.shape[-1])
         return self._in_cache(tokens, routing.share, routing.expert).reshape(x.shape), stats
 

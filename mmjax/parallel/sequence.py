@@ -13,7 +13,8 @@ What a layer moves over `context` of n ranks, for B rows and H heads a device:
   integers each, and half-stretches of queries and outputs sent once each, 2 B T/n H K. The gradient
   moves the same the other way, integers apart. Every rank does the same work under a causal mask.
 - on a cache: as softmax, for prefill; nothing for one token, where ranks repeat each other. The
-  cache itself is whole on every rank of `context`.
+  cache itself is whole on every rank of `context`, and one of pages on every rank but those of
+  `model`, as the rows of an engine are whole everywhere while they attend.
 
 KV heads are never repeated over `model`, so `model` has to divide them: at most 8 for M1.
 """
@@ -33,6 +34,8 @@ from jaxtyping import Array, Float, Float32, Int32
 from kernels_pallas import lightning_attention, lightning_attention_step
 from kernels_pallas.lightning_attention.clock import read_clock
 from kernels_pallas.numerics import einsum32
+from mmjax.cache import PagedCache
+from mmjax.layers.paged import paged_attention, write_pages
 from mmjax.layers.softmax import softmax_attention
 from mmjax.sharding import ShardingError, activation_spec, active_mesh
 
@@ -166,6 +169,104 @@ def softmax_on_cache(
     return run(q, k, v, slots, keys, values, layer)
 
 
+def lightning_on_pool(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    decay: Float32[Array, " H"],
+    segment_ids: Int32[Array, "B T"] | None,
+    cache: PagedCache,
+    layer: Int32[Array, ""],
+) -> tuple[Float[Array, "B T H V"], Float32[Array, "M S H K V"]]:
+    """`lightning` on the rows' states in layer `layer` of a pool, which are advanced in place.
+
+    Returns:
+      Output [B, T, H, V] and the pool [M, S, H, K, V].
+
+    Raises:
+      ShardingError: the mesh does not divide the heads.
+    """
+    mesh = active_mesh()
+    axis = _split_axis(mesh, q.shape[1], must=False)
+    body: Callable[..., Any] = (
+        _step_on_pool if q.shape[1] == 1 else partial(_extend_pool, axis=axis)
+    )
+    args = (q, k, v, decay, segment_ids, cache.state, cache.slots, layer)
+    if mesh is None:
+        return body(*args)
+    spec = _PoolSpecs(mesh, axis, heads=q.shape[2])
+    run = jax.shard_map(
+        body,
+        in_specs=(*(spec.heads,) * 3, P("model"), spec.rows, spec.state, P(), P()),
+        out_specs=(spec.heads, spec.state),
+        check_vma=False,
+    )
+    return run(*args)
+
+
+def softmax_on_pages(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G K"],
+    index: Int32[Array, "B T"],
+    cache: PagedCache,
+    layer: Int32[Array, ""],
+) -> tuple[Float[Array, "B T H K"], Float[Array, "N P S G K"], Float[Array, "N P S G K"]]:
+    """Writes keys and values into the rows' pages of layer `layer` and attends over them.
+
+    Args:
+      q: Queries [B, T, H, K].
+      k: Keys [B, T, G, K].
+      v: Values [B, T, G, K].
+      index: Place of each token in its row [B, T]; the row's capacity or more for padding.
+      cache: Of the rows.
+      layer: Which of the softmax layers this is.
+
+    Returns:
+      Output [B, T, H, K] and the pools of keys and values.
+
+    Raises:
+      ShardingError: the mesh does not divide the KV heads.
+    """
+    mesh = active_mesh()
+    axis = _split_axis(mesh, q.shape[1], must=False)
+    args = (q, k, v, index, cache.keys, cache.values, cache.table, layer)
+    body = partial(_write_pages_and_attend, axis=axis)
+    if mesh is None:
+        return body(*args)
+    spec = _PoolSpecs(mesh, axis, heads=q.shape[2], kv_heads=k.shape[2])
+    run = jax.shard_map(
+        body,
+        in_specs=(*(spec.heads,) * 3, spec.rows, spec.pages, spec.pages, P(), P()),
+        out_specs=(spec.heads, spec.pages, spec.pages),
+        check_vma=False,
+    )
+    return run(*args)
+
+
+def _check_heads(parts: int, heads: dict[str, int]) -> None:
+    for name, count in heads.items():
+        if count % parts:
+            raise ShardingError(
+                f"{count} {name} cannot be spread over model={parts}; "
+                f"choose a size of `model` that divides {count}"
+            )
+
+
+class _PoolSpecs:
+    """Where the arrays of a call on pools lie: rows whole on every device, heads over `model`.
+
+    rows [B, T]; heads [B, T, H or G, K]; state [M, S, H, K, V]; pages [N, P, page, G, K].
+    """
+
+    def __init__(self, mesh: AbstractMesh, axis: str | None, **heads: int) -> None:
+        _check_heads(mesh.shape["model"], heads)
+        self.rows = P(None, axis)
+        self.heads = P(None, axis, "model", None)
+        self.state = P(None, None, "model", None, None)
+        self.pages = P(None, None, None, "model", None)
+
+
 class _Specs:
     """Where the arrays of one attention call lie, checked against their sizes.
 
@@ -176,13 +277,7 @@ class _Specs:
     def __init__(
         self, mesh: AbstractMesh, shape: tuple[int, ...], axis: str | None, **heads: int
     ) -> None:
-        parts = mesh.shape["model"]
-        for name, count in heads.items():
-            if count % parts:
-                raise ShardingError(
-                    f"{count} {name} cannot be spread over model={parts}; "
-                    f"choose a size of `model` that divides {count}"
-                )
+        _check_heads(mesh.shape["model"], heads)
         (batch,) = activation_spec(mesh, shape[:1], ("batch",))
         # An axis that no spec names would be summed over by the gradient, even one of size 1.
         sequence = AXIS if mesh.shape[AXIS] == 1 else axis
@@ -237,6 +332,42 @@ def _local(
     state: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     return lightning_attention(q, k, v, decay, segment_ids=segment_ids, initial_state=state)
+
+
+def _step_on_pool(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    decay: jax.Array,
+    _segment_ids: jax.Array | None,
+    state: jax.Array,
+    slots: jax.Array,
+    layer: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    # All layers' states as one pool, so that the step updates it where it lies.
+    pool = state.reshape(-1, *state.shape[2:])
+    slots = jnp.where(slots >= 0, layer * state.shape[1] + slots, -1)
+    out, pool = lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], decay, pool, slots=slots)
+    return out[:, None], pool.reshape(state.shape)
+
+
+def _extend_pool(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    decay: jax.Array,
+    segment_ids: jax.Array | None,
+    state: jax.Array,
+    slots: jax.Array,
+    layer: jax.Array,
+    *,
+    axis: str | None,
+) -> tuple[jax.Array, jax.Array]:
+    before = state[layer, jnp.maximum(slots, 0)]
+    body = _local if axis is None else partial(lasp, axis=axis)
+    out, after = body(q, k, v, decay, segment_ids, before)
+    into = jnp.where(slots >= 0, slots, state.shape[1])  # past the end: dropped
+    return out, state.at[layer, into].set(after, mode="drop")
 
 
 def lasp(
@@ -380,6 +511,24 @@ def _write_and_attend(
     index = jnp.where(slots < keys.shape[2], slots, -1)
     own_keys, own_values = (x[layer].astype(q.dtype) for x in (keys, values))
     return _attend(q, own_keys, own_values, index, None, axis=axis), keys, values
+
+
+def _write_pages_and_attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    index: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    table: jax.Array,
+    layer: jax.Array,
+    *,
+    axis: str | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    k, v, all_index = _gather_sequence((k, v, index), axis)
+    keys = write_pages(k, all_index, keys, table, layer)
+    values = write_pages(v, all_index, values, table, layer)
+    return paged_attention(q, keys, values, table, index, layer), keys, values
 
 
 def _gather_sequence(x: tuple[jax.Array, ...], axis: str | None) -> tuple[jax.Array, ...]:

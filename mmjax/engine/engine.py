@@ -1,0 +1,556 @@
+"""The engine: continuous batching over slots, chunked prefill, paged KV, kept prefixes."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from mmjax.engine.memory import Memory
+from mmjax.engine.pages import Prefix
+from mmjax.engine.programs import BURST, Programs, idle_rows, pack_rows
+from mmjax.engine.results import Completion, EngineStats, Output, RequestError, TokenLogprob
+from mmjax.engine.sample import Request, Sample, Schedule, seed_words
+from mmjax.engine.sampling import SamplingParams
+from mmjax.model import Decoder
+from mmjax.sharding import param_shardings
+from mmjax.tokenizer import Tokenizer
+
+# Decode steps between two looks at the queue while prompts wait to be computed.
+SHORT_BURST = 4
+# More layers than this are scanned: their programs would take too long to compile.
+UNROLLED_LAYERS = 48
+# Bytes of keys and values if nothing says how many pages there are: of a device's free memory, or
+# of a CPU's, which says nothing about its own.
+KV_SHARE, CPU_KV_BYTES = 0.6, 1 << 30
+MAX_SAMPLES = 1024
+
+
+class Engine:
+    """Runs requests side by side; they join and leave between bursts of decode steps.
+
+    Not safe for several threads: one thread calls everything.
+
+    Args:
+      model: The decoder; on a mesh the engine runs on that mesh.
+      tokenizer: For prompts that are texts, for the text of outputs, stop strings and thinking
+        budgets; None for token ids alone.
+      max_slots: Samples that run at a time.
+      max_length: Most tokens of a prompt and its completion; None for 32,768, or for what the
+        model or the pages hold if that is less.
+      page_size: Tokens of a KV page.
+      num_pages: KV pages; None for `max_slots` samples of `max_length` tokens, or for what memory
+        leaves if that is less.
+      prefill_chunk: Most prompt tokens that are computed at once.
+      prefix_block: First border at which prompts are cut and their prefixes kept; further ones
+        are at its doubles up to `prefill_chunk`, then at the multiples of that.
+      num_prefixes: Prefixes kept at most; each takes a lightning state and holds its pages until
+        others need them.
+
+    Raises:
+      ValueError: sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer | None = None,
+        *,
+        max_slots: int = 16,
+        max_length: int | None = None,
+        page_size: int = 64,
+        num_pages: int | None = None,
+        prefill_chunk: int = 2048,
+        prefix_block: int | None = None,
+        num_prefixes: int = 16,
+    ) -> None:
+        prefix_block = max(prefill_chunk // 8, 16) if prefix_block is None else prefix_block
+        _check_sizes(max_slots, page_size, prefill_chunk, prefix_block, num_prefixes)
+        self.cfg, self.tokenizer = model.cfg, tokenizer
+        self._mesh = _mesh_of(model)
+        self._schedule = Schedule(prefix_block, prefill_chunk)
+        self._slots = max_slots
+        with self._on_mesh():
+            self._unstack = _unstacker(model, self._mesh)
+            graphdef, self._params = self._unstack(nnx.state(model))
+            self._programs = Programs(graphdef, self._params)
+            self._leaves = jax.tree.leaves(self._params)
+            longest = min(max_length or 32768, self.cfg.max_position_embeddings)
+            width = -(-longest // page_size)
+            pages = num_pages or min(max_slots * width, _affordable_pages(self.cfg, page_size))
+            self.max_length = min(longest, pages * page_size)
+            self._memory = Memory(
+                self.cfg,
+                slots=max_slots,
+                pages=pages,
+                page_size=page_size,
+                # A chunk's padding may reach past the last token.
+                table_width=max(width, -(-prefill_chunk // page_size)),
+                prefixes=num_prefixes,
+            )
+        self._waiting: list[Sample] = []
+        self._running: list[Sample] = []
+        self._seeds: dict[str, int] = {}
+        self._samples: dict[str, list[Sample]] = {}
+        self._ended: list[Output] = []
+        self._arrivals = 0
+        self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
+        self._preemptions = 0
+
+    # Requests.
+
+    def add(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+    ) -> str:
+        """Takes in a request.
+
+        Args:
+          prompt: Text, which needs a tokenizer and to which nothing is added; or token ids.
+          params: How to sample; None for the defaults.
+          request_id: A name that no unfinished request has; None for a new one.
+
+        Returns:
+          The request's name.
+
+        Raises:
+          RequestError: the request cannot be run; the message says why.
+        """
+        params = params or SamplingParams()
+        ids = self._checked(prompt, params)
+        name = request_id if request_id is not None else f"request-{self._arrivals}"
+        if name in self._samples:
+            raise RequestError(f"request {name!r} is still running; choose another request_id")
+        request = Request(name, ids, params, self._stop_ids(params), self._schedule)
+        self._seeds[name] = secrets.randbits(63) if params.seed is None else params.seed
+        samples = [
+            Sample.create(request, index, self._arrivals + index, self.tokenizer)
+            for index in range(params.n)
+        ]
+        self._arrivals += params.n
+        self._samples[name] = samples
+        self._waiting += samples
+        return name
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends a request, whose samples give one more Output each; False if it is unknown."""
+        samples = self._samples.get(request_id, [])
+        for sample in list(samples):
+            self._end(sample)
+            self._ended.append(sample.output([], sample.text.finish(), None, "cancelled"))
+        return bool(samples)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do or to give."""
+        return bool(self._waiting or self._running or self._ended)
+
+    def stats(self) -> EngineStats:
+        """What the engine holds and has done."""
+        memory = self._memory
+        return EngineStats(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            swapped=sum(sample.moved is not None for sample in self._waiting),
+            slots=self._slots,
+            pages_used=memory.total - memory.pages.free,
+            pages_cached=memory.cached_pages(),
+            pages_total=memory.total,
+            prompt_tokens=self._prompt_tokens,
+            cached_prompt_tokens=self._cached_tokens,
+            generated_tokens=self._generated_tokens,
+            preemptions=self._preemptions,
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Runs prompts to their ends.
+
+        Args:
+          prompts: Texts or token ids.
+          params: For all prompts, or for each.
+
+        Returns:
+          The samples of the prompts in order, those of one prompt side by side.
+
+        Raises:
+          RequestError: a prompt cannot be run; none of them is then.
+        """
+        each = (
+            params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
+        )
+        done: dict[tuple[str, int], Completion] = {}
+        names: list[str] = []
+        try:
+            for prompt, how in zip(prompts, each, strict=True):
+                names.append(self.add(prompt, how))
+                done |= {(names[-1], i): Completion(names[-1], i) for i in range(how.n)}
+            while any(name in self._samples for name in names):
+                for output in self.step():
+                    if (output.request_id, output.index) in done:
+                        done[output.request_id, output.index].extend(output)
+        except BaseException:
+            for name in names:
+                self.cancel(name)
+            raise
+        return list(done.values())
+
+    def stream(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None
+    ) -> Iterator[Output]:
+        """Runs one prompt and gives what its samples gain, as it comes.
+
+        Raises:
+          RequestError: the prompt cannot be run.
+        """
+        name = self.add(prompt, params)
+        try:
+            while name in self._samples:
+                yield from (output for output in self.step() if output.request_id == name)
+        finally:
+            self.cancel(name)
+
+    # Weights.
+
+    def update(self, model: Decoder | nnx.State) -> None:
+        """Takes new weights of the same architecture, on the same mesh or another.
+
+        Kept prefixes are dropped, and unfinished samples computed anew with these weights, from
+        their tokens so far.
+
+        Args:
+          model: A decoder, or the state of its parameters.
+        """
+        state = nnx.state(model) if isinstance(model, Decoder) else model
+        with self._on_mesh():
+            _, self._params = self._unstack(state)
+        self._leaves = jax.tree.leaves(self._params)
+        self._memory.prefixes.clear()
+        for sample in [*self._running, *self._waiting]:
+            self._memory.release(sample)
+            sample.computed = 0
+        self._waiting = sorted([*self._running, *self._waiting], key=lambda s: s.order)
+        self._running = []
+
+    def warm_up(self) -> None:
+        """Compiles every program; from here on nothing is compiled."""
+        with self._on_mesh():
+            for size in self._schedule.sizes:
+                self._run_chunk(np.zeros(size, np.int32), 0, (-1, 0, 0))
+            rows = 1
+            while rows < 2 * self._slots:
+                table = np.zeros((rows, self._memory.table.shape[1]), np.int32)
+                self._run_burst(idle_rows(rows), table, 0, top=False)
+                rows *= 2
+            self._memory.warm_up()
+
+    # One round.
+
+    def step(self) -> list[Output]:
+        """Admits samples, computes some prompt tokens, decodes a burst; says what came of it."""
+        outputs, self._ended = self._ended, []
+        with self._on_mesh():
+            self._admit()
+            self._prefill()
+            outputs += self._decode()
+        return outputs
+
+    def _admit(self) -> None:
+        """Gives slots and pages to waiting samples, in the order of arrival."""
+        filling = {
+            digest
+            for sample in self._running
+            if sample.computed < sample.target
+            for end, digest in sample.digests()
+            if end > sample.computed
+        }
+        blocked = []
+        while self._waiting and self._memory.free_slots:
+            sample = self._waiting.pop(0)
+            if sample.moved is None and self._awaits(sample, filling):
+                blocked.append(sample)
+            elif self._start(sample):
+                self._running.append(sample)
+                if sample.computed < sample.target:
+                    filling |= {digest for end, digest in sample.digests() if end > sample.computed}
+            else:
+                blocked.append(sample)
+                break
+        self._waiting = blocked + self._waiting
+
+    def _awaits(self, sample: Sample, filling: set[bytes]) -> bool:
+        """Whether a running sample is about to keep a longer prefix of this one than there is."""
+        if not self._memory.keeps_prefixes:
+            return False
+        for _, digest in reversed(sample.digests()):
+            if digest in self._memory.prefixes:
+                return False
+            if digest in filling:
+                return True
+        return False
+
+    def _start(self, sample: Sample) -> bool:
+        """Brings a sample in, back from the host or on its longest kept prefix."""
+        if sample.moved is not None:
+            room = min(max(sample.computed, sample.target) + BURST, sample.limit)
+            return self._memory.move_in(sample, room)
+        room = min(sample.target + BURST, sample.limit)
+        prefix = self._longest_prefix(sample)
+        if not self._memory.admit(sample, prefix, room):
+            return False
+        if not sample.new:
+            sample.cached = sample.computed
+            self._prompt_tokens += len(sample.request.prompt)
+            self._cached_tokens += sample.cached
+        return True
+
+    def _longest_prefix(self, sample: Sample) -> Prefix | None:
+        found = (self._memory.prefixes.get(digest) for _, digest in reversed(sample.digests()))
+        return next((prefix for prefix in found if prefix), None)
+
+    def _prefill(self) -> None:
+        """Computes chunks of prompts, the oldest first, `prefill_chunk` tokens at most."""
+        left = self._schedule.largest
+        for sample in self._running:
+            while sample.computed < sample.target:
+                end = self._schedule.end(sample.computed, sample.target)
+                size = self._schedule.size(end - sample.computed)
+                if size > left:
+                    return
+                left -= size
+                self._extend(sample, end, size)
+
+    def _extend(self, sample: Sample, end: int, size: int) -> None:
+        """Takes the sample's tokens up to `end` into the cache."""
+        assert sample.slot is not None
+        count = end - sample.computed
+        chunk = np.zeros(size, np.int32)
+        chunk[:count] = sample.tokens()[sample.computed : end]
+        self._run_chunk(chunk, sample.slot, (sample.slot, sample.computed, count))
+        sample.computed = end
+        digest = dict(sample.digests()).get(end)
+        assert digest is not None
+        self._memory.keep_prefix(sample, digest)
+
+    def _decode(self) -> list[Output]:
+        """One burst for every sample whose prompt is in the cache."""
+        busy = any(sample.computed < sample.target for sample in self._running)
+        joining = bool(self._waiting) and self._memory.free_slots > 0
+        most = SHORT_BURST if busy or joining else BURST
+        rows = self._growing(most)
+        if not rows:
+            return []
+        width = 1 << (len(rows) - 1).bit_length()
+        packed, table = idle_rows(width), np.zeros((width, self._memory.table.shape[1]), np.int32)
+        packed[: len(rows)] = pack_rows(
+            [
+                sample.row(steps, seed_words(self._seeds[sample.request.id], sample.index))
+                for sample, steps in rows
+            ]
+        )
+        table[: len(rows)] = self._memory.table[[sample.slot for sample, _ in rows]]
+        top = any(sample.request.params.logprobs for sample, _ in rows)
+        burst = self._run_burst(packed, table, max(steps for _, steps in rows), top=top)
+        return [self._accept(sample, row, burst) for row, (sample, _) in enumerate(rows)]
+
+    def _growing(self, most: int) -> list[tuple[Sample, int]]:
+        """Samples to decode and for how many steps each, with pages for these.
+
+        Where pages run out, the youngest samples go to the host until the older ones have theirs.
+        """
+        rows = []
+        for sample in sorted(self._running, key=lambda s: s.order):
+            if sample.slot is None or sample.computed < sample.target:
+                continue
+            steps = sample.steps(self.tokenizer, most)
+            while not self._memory.grow(sample, sample.computed + steps):
+                youngest = max(self._running, key=lambda s: s.order)
+                room = len(sample.pages) * self._memory.page_size - sample.computed
+                if youngest is not sample:
+                    self._preempt(youngest)
+                elif room > 0:
+                    steps = min(steps, room)
+                else:
+                    self._preempt(sample)
+                    break
+            if sample.slot is not None:
+                rows.append((sample, steps))
+        return rows
+
+    def _preempt(self, sample: Sample) -> None:
+        self._memory.move_out(sample)
+        self._running.remove(sample)
+        self._waiting = sorted([*self._waiting, sample], key=lambda s: s.order)
+        self._preemptions += 1
+
+    def _accept(self, sample: Sample, row: int, burst: _Drawn) -> Output:
+        count, run = burst.words[row, :2].tolist()
+        ids = burst.words[row, 2 : 2 + count].tolist()
+        output = sample.accept(ids, burst.logprobs(row, ids, sample.request.params), run)
+        self._generated_tokens += len(output.token_ids)
+        if output.finish_reason is not None:
+            self._end(sample)
+        return output
+
+    def _end(self, sample: Sample) -> None:
+        """Forgets a sample and frees what it holds."""
+        self._memory.release(sample)
+        for queue in (self._running, self._waiting):
+            if sample in queue:
+                queue.remove(sample)
+        name = sample.request.id
+        self._samples[name].remove(sample)
+        if not self._samples[name]:
+            del self._samples[name], self._seeds[name]
+
+    # Calls of programs.
+
+    def _run_chunk(self, chunk: np.ndarray, row: int, place: tuple[int, int, int]) -> None:
+        self._memory.pools = self._programs.prefill(
+            self._leaves,
+            self._memory.pools,
+            chunk,
+            self._memory.table[row].copy(),
+            np.array(place, np.int32),
+        )
+
+    def _run_burst(self, packed: np.ndarray, table: np.ndarray, steps: int, *, top: bool) -> _Drawn:
+        self._memory.pools, burst = self._programs.decode(
+            self._leaves, self._memory.pools, packed, table, np.int32(steps), np.bool_(top)
+        )
+        return _Drawn(
+            *jax.device_get(burst if top else burst._replace(top_ids=None, top_logprobs=None))
+        )
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+    # Checks.
+
+    def _stop_ids(self, params: SamplingParams) -> tuple[int, ...]:
+        eos = params.eos_id
+        if eos is None:
+            eos = self.cfg.eos_token_id if self.tokenizer is None else self.tokenizer.eos_id
+        own = () if params.ignore_eos or eos is None else (eos,)
+        return (*own, *params.stop_ids)
+
+    def _checked(self, prompt: str | Sequence[int], params: SamplingParams) -> np.ndarray:
+        """The prompt's ids."""
+        if self.tokenizer is None:
+            wants = {"a text prompt": isinstance(prompt, str), "stop": bool(params.stop)}
+            wants["thinking_budget"] = params.thinking_budget is not None
+            for what, wanted in wants.items():
+                if wanted:
+                    raise RequestError(f"{what} needs a tokenizer, and the engine has none")
+        if isinstance(prompt, str):
+            assert self.tokenizer is not None
+            prompt = self.tokenizer.encode(prompt)
+        ids = np.asarray(prompt)
+        if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
+            raise RequestError("the prompt must be a text or a list of token ids, and not empty")
+        wrong = ids[(ids < 0) | (ids >= self.cfg.vocab_size)]
+        if wrong.size:
+            raise RequestError(
+                f"token id {wrong[0]} is not in the vocabulary of {self.cfg.vocab_size}"
+            )
+        if len(ids) + params.max_tokens > self.max_length:
+            raise RequestError(
+                f"a prompt of {len(ids)} tokens and max_tokens={params.max_tokens} exceed the "
+                f"engine's {self.max_length} tokens; shorten one of them"
+            )
+        if params.n > MAX_SAMPLES:
+            raise RequestError(f"n must be at most {MAX_SAMPLES}, got {params.n}")
+        return ids.astype(np.int32)
+
+
+class _Drawn:
+    """A burst on the host."""
+
+    def __init__(self, words: np.ndarray, top_ids: Any, top_logprobs: Any) -> None:
+        self.words, self._top_ids, self._top_logprobs = words, top_ids, top_logprobs
+
+    def logprobs(
+        self, row: int, ids: list[int], params: SamplingParams
+    ) -> list[TokenLogprob] | None:
+        """Of the row's tokens, as the request wants them."""
+        if params.logprobs is None:
+            return None
+        own = self.words[row, 2 + BURST : 2 + BURST + len(ids)].view(np.float32).tolist()
+        tops: list[list[tuple[int, float]]] = [[] for _ in ids]
+        if params.logprobs:
+            some = np.s_[: len(ids), row, : params.logprobs]
+            pairs = zip(
+                self._top_ids[some].tolist(), self._top_logprobs[some].tolist(), strict=True
+            )
+            tops = [list(zip(*pair, strict=True)) for pair in pairs]
+        return [TokenLogprob(*one) for one in zip(ids, own, tops, strict=True)]
+
+
+def _check_sizes(
+    slots: int, page_size: int, prefill_chunk: int, prefix_block: int, prefixes: int
+) -> None:
+    for name, value, least in (
+        ("max_slots", slots, 1),
+        ("page_size", page_size, 1),
+        ("prefix_block", prefix_block, 16),
+        ("num_prefixes", prefixes, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    ratio = prefill_chunk // prefix_block
+    if ratio < 1 or ratio & (ratio - 1) or ratio * prefix_block != prefill_chunk:
+        raise ValueError(
+            f"prefill_chunk {prefill_chunk} must be prefix_block {prefix_block} times a power of two"
+        )
+
+
+def _mesh_of(model: Decoder) -> Mesh | None:
+    """The mesh that the parameters lie on; None for a single device."""
+    sharding = jax.tree.leaves(nnx.state(model))[0].sharding
+    if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+        return sharding.mesh
+    return None
+
+
+def _unstacker(model: Decoder, mesh: Mesh | None) -> Any:
+    """A function from the state of a stacked decoder to the structure and state of the engine's."""
+    structure = nnx.graphdef(model)
+
+    def cut(state: nnx.State) -> nnx.State:
+        return nnx.state(nnx.merge(structure, state).unstacked())
+
+    if model.cfg.num_layers > UNROLLED_LAYERS:
+        where = None if mesh is None else param_shardings(nnx.state(model), mesh)
+        return lambda state: (structure, state if where is None else jax.device_put(state, where))
+    abstract = nnx.eval_shape(lambda s: nnx.merge(structure, s).unstacked(), nnx.state(model))
+    flat, shapes = nnx.split(abstract)
+    where = None if mesh is None else param_shardings(shapes, mesh)
+    stacked = None if mesh is None else param_shardings(nnx.state(model), mesh)
+    compiled = jax.jit(cut, out_shardings=where)
+
+    def run(state: nnx.State) -> tuple[Any, nnx.State]:
+        return flat, compiled(state if stacked is None else jax.device_put(state, stacked))
+
+    return run
+
+
+def _affordable_pages(cfg: Any, page_size: int) -> int:
+    """KV pages that fit the memory of the device, or of all of a mesh's `model` axis."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+    budget = KV_SHARE * free if stats.get("bytes_limit") else CPU_KV_BYTES
+    layers = cfg.kinds.count("softmax")
+    token = 2 * layers * cfg.num_kv_heads * cfg.head_dim * np.dtype(cfg.dtype).itemsize
+    return max(int(budget // max(token * page_size, 1)), 1)

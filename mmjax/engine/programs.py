@@ -1,0 +1,312 @@
+"""The compiled programs of the engine: prefill a chunk, decode a burst, move rows and pages."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mmjax.cache import PagedCache
+from mmjax.config import LIGHTNING, SOFTMAX, ModelConfig
+from mmjax.engine.sampling import MAX_LOGPROBS, Draw, draw
+from mmjax.model import Decoder
+from mmjax.sharding import constrain
+
+# Most decode steps of one burst.
+BURST = 16
+# Stop ids and forced tokens that a row carries to the device; more are left to the host.
+STOPS, FORCED = 8, 16
+# Pages that one call moves to or from the host.
+MOVED_PAGES = 16
+
+
+class Pools(NamedTuple):
+    """The pools of `PagedCache`: keys, values, state."""
+
+    keys: jax.Array
+    values: jax.Array
+    state: jax.Array
+
+    @classmethod
+    def create(cls, cfg: ModelConfig, pages: int, page_size: int, states: int) -> Pools:
+        """Pools of zeros, spread over the mesh in force."""
+        kv = (cfg.kinds.count(SOFTMAX), pages, page_size, cfg.num_kv_heads, cfg.head_dim)
+        state = (cfg.kinds.count(LIGHTNING), states, cfg.num_heads, cfg.head_dim, cfg.head_dim)
+        return cls(
+            jnp.zeros(kv, cfg.dtype), jnp.zeros(kv, cfg.dtype), jnp.zeros(state, jnp.float32)
+        )._pinned()
+
+    def _pinned(self) -> Pools:
+        kv = (None, None, None, "kv_heads", None)
+        return Pools(
+            constrain(self.keys, *kv),
+            constrain(self.values, *kv),
+            constrain(self.state, None, None, "heads", None, None),
+        )
+
+
+class Rows(NamedTuple):
+    """The rows of a burst on the host, packed into one array for the way to the device.
+
+    token: the last one, not yet in the cache; slot: of its state, negative for an idle row;
+    length: tokens in the cache; steps: most new tokens of this burst; drawn: tokens drawn so far,
+    which is what the draw of the next depends on beside the seed; seed: two words; temperature,
+    top_p, min_p, top_k: see `Draw`; run, halt, sure: likely tokens in a row so far, how many end
+    the sample, and the log-probability that makes a token likely; forced: number of tokens that
+    are given instead of drawn; stop_ids [STOPS], negative for none; forced_ids [FORCED].
+    """
+
+    token: Any
+    slot: Any
+    length: Any
+    steps: Any
+    drawn: Any
+    seed: Any
+    temperature: Any
+    top_p: Any
+    min_p: Any
+    top_k: Any
+    run: Any
+    halt: Any
+    sure: Any
+    forced: Any
+    stop_ids: Any
+    forced_ids: Any
+
+
+_WIDTHS = Rows(*[1] * 5, 2, *[1] * 8, STOPS, FORCED)
+_FLOATS = ("temperature", "top_p", "min_p", "sure")
+ROW_WORDS = sum(_WIDTHS)
+
+
+def idle_rows(count: int) -> np.ndarray:
+    """Rows [count, ROW_WORDS] int32 that do nothing."""
+    return pack_rows([Rows(0, -1, 0, 0, 0, (0, 0), 1, 1, 0, 0, 0, 1, 0, 0, [], [])] * count)
+
+
+def pack_rows(rows: list[Rows]) -> np.ndarray:
+    """Rows as int32 [B, ROW_WORDS], floats by their bits."""
+    packed = np.full((len(rows), ROW_WORDS), -1, np.int32)
+    start = 0
+    for name, width in zip(Rows._fields, _WIDTHS, strict=True):
+        values = [getattr(row, name) for row in rows]
+        if name in _FLOATS:
+            packed[:, start] = np.array(values, np.float32).view(np.int32)
+        elif width == 1:
+            packed[:, start] = values
+        else:
+            for line, value in zip(packed, values, strict=True):
+                line[start : start + len(value)] = value
+        start += width
+    return packed
+
+
+def _unpack_rows(packed: jax.Array) -> Rows:
+    fields, start = [], 0
+    for name, width in zip(Rows._fields, _WIDTHS, strict=True):
+        value = packed[:, start] if width == 1 else packed[:, start : start + width]
+        if name in _FLOATS:
+            value = jax.lax.bitcast_convert_type(value, jnp.float32)
+        fields.append(value)
+        start += width
+    return Rows(*fields)
+
+
+class Burst(NamedTuple):
+    """What a burst drew.
+
+    words [B, 2 + 2 BURST] int32: number of tokens, likely tokens in a row, tokens, and the bits of
+    their log-probabilities; top_ids, top_logprobs [BURST, B, alternatives], if asked for.
+    """
+
+    words: Any
+    top_ids: Any
+    top_logprobs: Any
+
+
+class _State(NamedTuple):
+    step: jax.Array
+    pools: Pools
+    token: jax.Array
+    done: jax.Array
+    count: jax.Array
+    run: jax.Array
+    tokens: jax.Array
+    logprobs: jax.Array
+    top_ids: jax.Array
+    top_logprobs: jax.Array
+
+
+class Programs:
+    """Compiled calls on one model; what they take of pools they give back updated.
+
+    Args:
+      graphdef: Structure of the decoder, whose parameters every call takes as `params`.
+    """
+
+    def __init__(self, graphdef: nnx.GraphDef[Decoder], params: nnx.State) -> None:
+        _, treedef = jax.tree.flatten(params)
+        static = {"graphdef": graphdef, "treedef": treedef}
+        self.prefill = jax.jit(partial(_prefill, **static), donate_argnames="pools")
+        self.decode = jax.jit(partial(_decode, **static), donate_argnames="pools")
+
+
+def _model(graphdef: Any, treedef: Any, leaves: list[jax.Array]) -> Decoder:
+    return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
+
+
+def _prefill(
+    leaves: list[jax.Array],
+    pools: Pools,
+    tokens: jax.Array,
+    table: jax.Array,
+    place: jax.Array,
+    *,
+    graphdef: Any,
+    treedef: Any,
+) -> Pools:
+    """Takes a chunk of one row into the cache.
+
+    Args:
+      leaves: Parameters.
+      pools: Donated.
+      tokens: [T], padded on the right.
+      table: [W], the row's pages.
+      place: [3]: state slot, tokens so far, real tokens of the chunk.
+    """
+    slot, length, count = place
+    cache = PagedCache(*pools, table[None], slot[None], length[None])
+    real = jnp.arange(tokens.size, dtype=jnp.int32) < count
+    out = _model(graphdef, treedef, leaves)(
+        tokens[None], segment_ids=real[None].astype(jnp.int32), cache=cache, compute_logits=False
+    )
+    return Pools(*out.cache[:3])._pinned()
+
+
+def _decode(
+    leaves: list[jax.Array],
+    pools: Pools,
+    packed: jax.Array,
+    table: jax.Array,
+    steps: jax.Array,
+    want_top: jax.Array,
+    *,
+    graphdef: Any,
+    treedef: Any,
+) -> tuple[Pools, Burst]:
+    """Up to `steps` new tokens for each row, fewer once all rows are done.
+
+    Args:
+      leaves: Parameters.
+      pools: Donated.
+      packed: [B, ROW_WORDS], see `Rows`.
+      table: [B, W], the rows' pages.
+      steps: [] int32, at most BURST.
+      want_top: [] bool, whether to look for the likeliest alternatives.
+    """
+    model = _model(graphdef, treedef, leaves)
+    rows = _unpack_rows(packed)
+    batch = packed.shape[0]
+    how = Draw(rows.temperature, rows.top_p, rows.min_p, rows.top_k)
+    seeds = jax.random.wrap_key_data(
+        jax.lax.bitcast_convert_type(rows.seed, jnp.uint32), impl="threefry2x32"
+    )
+    alternatives = min(MAX_LOGPROBS, model.cfg.vocab_size)
+
+    def top_of(logp: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values, ids = jax.lax.top_k(logp, alternatives)
+        return ids.astype(jnp.int32), values
+
+    def no_top(_: jax.Array) -> tuple[jax.Array, jax.Array]:
+        shape = (batch, alternatives)
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+
+    def step(s: _State) -> _State:
+        slots = jnp.where(s.done, -1, rows.slot)
+        cache = PagedCache(*s.pools, table, slots, rows.length + s.count)
+        out = model(s.token[:, None], segment_ids=(~s.done)[:, None].astype(jnp.int32), cache=cache)
+        keys = jax.vmap(jax.random.fold_in)(seeds, (rows.drawn + s.count).astype(jnp.uint32))
+        token, logp = draw(out.logits[:, 0], keys, how)
+        forced = jnp.take_along_axis(
+            rows.forced_ids, jnp.minimum(s.count, FORCED - 1)[:, None], axis=1
+        )
+        token = jnp.where(s.count < rows.forced, forced[:, 0], token)
+        chosen = jnp.take_along_axis(logp, token[:, None], axis=1)[:, 0]
+        ids, values = jax.lax.cond(want_top, top_of, no_top, logp)
+        live = ~s.done
+        count = s.count + live.astype(jnp.int32)
+        run = jnp.where(live, jnp.where(chosen > rows.sure, s.run + 1, 0), s.run)
+        stopped = jnp.any(rows.stop_ids == token[:, None], axis=1)
+        return _State(
+            s.step + 1,
+            Pools(*out.cache[:3]),
+            jnp.where(live, token, 0),
+            s.done | stopped | (run >= rows.halt) | (count >= rows.steps),
+            count,
+            run,
+            s.tokens.at[s.step].set(token),
+            s.logprobs.at[s.step].set(chosen),
+            s.top_ids.at[s.step].set(ids),
+            s.top_logprobs.at[s.step].set(values),
+        )
+
+    def zeros(*shape: int, dtype: Any = jnp.int32) -> jax.Array:
+        return jnp.zeros(shape, dtype)
+
+    start = _State(
+        zeros(),
+        pools,
+        rows.token,
+        (rows.slot < 0) | (rows.steps <= 0),
+        zeros(batch),
+        rows.run,
+        zeros(BURST, batch),
+        zeros(BURST, batch, dtype=jnp.float32),
+        zeros(BURST, batch, alternatives),
+        zeros(BURST, batch, alternatives, dtype=jnp.float32),
+    )
+    end = jax.lax.while_loop(lambda s: (s.step < steps) & ~jnp.all(s.done), step, start)
+    bits = jax.lax.bitcast_convert_type(end.logprobs, jnp.int32)
+    words = jnp.concatenate([end.count[None], end.run[None], end.tokens, bits]).T
+    return end.pools._pinned(), Burst(words, end.top_ids, end.top_logprobs)
+
+
+@partial(jax.jit, donate_argnums=0)
+def fork(pools: Pools, states: jax.Array, pages: jax.Array) -> Pools:
+    """Copies state states[0] to states[1] and page pages[0] to pages[1]."""
+
+    def copy(pool: jax.Array, pair: jax.Array) -> jax.Array:
+        item = jax.lax.dynamic_slice_in_dim(pool, pair[0], 1, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(pool, item, pair[1], axis=1)
+
+    return Pools(
+        copy(pools.keys, pages), copy(pools.values, pages), copy(pools.state, states)
+    )._pinned()
+
+
+class Moved(NamedTuple):
+    """Part of a row on its way: keys, values [N, MOVED_PAGES, page, G, K]; state [M, H, K, V]."""
+
+    keys: Any
+    values: Any
+    state: Any
+
+
+@jax.jit
+def extract(pools: Pools, slot: jax.Array, pages: jax.Array) -> Moved:
+    """A row's state and MOVED_PAGES of its pages; any page where there are fewer."""
+    return Moved(pools.keys[:, pages], pools.values[:, pages], pools.state[:, slot])
+
+
+@partial(jax.jit, donate_argnums=0)
+def insert(pools: Pools, slot: jax.Array, pages: jax.Array, moved: Moved) -> Pools:
+    """Writes what `extract` gave; pages past the end are dropped."""
+    return Pools(
+        pools.keys.at[:, pages].set(moved.keys, mode="drop"),
+        pools.values.at[:, pages].set(moved.values, mode="drop"),
+        pools.state.at[:, slot].set(moved.state),
+    )._pinned()

@@ -1,0 +1,147 @@
+"""Softmax attention over keys and values in pages, in plain XLA.
+
+A row's keys are read in spans of whole pages, as many spans as the longest row of the batch needs,
+with an online softmax over them: no length is compiled in, memory is one span of each row, and a
+row's result does not depend on the length of the others, because a span that it does not see
+changes nothing in it, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from kernels_pallas import dispatch
+from kernels_pallas.numerics import einsum32
+
+# Tokens of a row that are read at a time: what stays in a CPU's caches; elsewhere enough to keep
+# the memory busy.
+CPU_SPAN, MIN_SPAN, MAX_SPAN = 256, 1024, 4096
+# Tokens of all rows together in one span, which bounds the memory of gathered pages.
+SPAN_TOKENS = 1 << 18
+# Queries of a row whose scores are held at a time.
+QUERY_BLOCK = 512
+_MASKED = -1e30
+
+# Keys and values [B, span, G, K] of span j.
+type _Read = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+type _Attend = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def write_pages(
+    x: Float[Array, "B T G K"],
+    index: Int32[Array, "B T"],
+    pool: Float[Array, "N P S G K"],
+    table: Int32[Array, "B W"],
+    layer: Int32[Array, ""],
+) -> Float[Array, "N P S G K"]:
+    """Writes tokens into their rows' pages of one layer.
+
+    Args:
+      x: Keys or values [B, T, G, K].
+      index: Place of each token in its row [B, T]; W · page size or more for padding, which is
+        not written.
+      pool: [N, P, page size, G, K].
+      table: Pages of each row [B, W].
+      layer: Which of the N layers.
+    """
+    _, pages, size, *_ = pool.shape
+    page = jnp.take_along_axis(table, index // size, axis=1, mode="fill", fill_value=pages)
+    return pool.at[layer, page, index % size].set(x.astype(pool.dtype), mode="drop")
+
+
+def paged_attention(
+    q: Float[Array, "B T H K"],
+    keys: Float[Array, "N P S G K"],
+    values: Float[Array, "N P S G K"],
+    table: Int32[Array, "B W"],
+    index: Int32[Array, "B T"],
+    layer: Int32[Array, ""],
+) -> Float[Array, "B T H K"]:
+    """softmax(q kᵀ / sqrt(K)) v over the row's tokens up to each query, with a float32 softmax.
+
+    Args:
+      q: Queries [B, T, H, K].
+      keys: [N, P, page size, G, K], those of the queries' own tokens among them.
+      values: [N, P, page size, G, K].
+      table: Pages of each row [B, W].
+      index: Place of each query in its row [B, T]; W · page size or more for padding, whose
+        output is zero.
+      layer: Which of the N layers.
+
+    Returns:
+      [B, T, H, K] in q.dtype.
+    """
+    batch, length, heads, dim = q.shape
+    size, groups = keys.shape[2:4]
+    place = jnp.where(index < table.shape[1] * size, index, -1)
+    grouped = q.reshape(batch, length, groups, heads // groups, dim).transpose(0, 2, 3, 1, 4)
+    count = _pages_of_a_span(q, size, table.shape[1])
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % count)))
+
+    def read(j: jax.Array) -> tuple[jax.Array, jax.Array]:
+        pages = jax.lax.dynamic_slice_in_dim(table, j * count, count, axis=1)
+        shape = (batch, count * size, groups, dim)
+        k, v = (pool[layer, pages].reshape(shape) for pool in (keys, values))
+        return k.astype(q.dtype), v.astype(q.dtype)
+
+    attend = partial(_attend, read=read, span=count * size)
+    if length <= QUERY_BLOCK:
+        out = attend(grouped, place)
+    else:
+        out = _in_blocks(attend, grouped, place)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
+
+
+def _pages_of_a_span(q: jax.Array, size: int, most: int) -> int:
+    if dispatch.target(q).platform == "cpu":
+        span = CPU_SPAN
+    elif q.shape[1] > 1:
+        span = MIN_SPAN
+    else:
+        span = min(max(MIN_SPAN, SPAN_TOKENS // q.shape[0]), MAX_SPAN)
+    return min(max(span // size, 1), most)
+
+
+def _attend(q: jax.Array, place: jax.Array, *, read: _Read, span: int) -> jax.Array:
+    """Attention of queries [B, G, R, T, K] at place [B, T], -1 for padding; in float32."""
+    scale = q.shape[-1] ** -0.5
+
+    def step(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        top, total, acc = carry
+        k, v = read(j)
+        key = j * span + jnp.arange(span, dtype=jnp.int32)
+        mask = (key[None, None] <= place[:, :, None])[:, None, None]
+        scores = einsum32("bgrtk,bsgk->bgrts", q, k, q.dtype) * scale
+        scores = jnp.where(mask, scores, _MASKED)
+        new_top = jnp.maximum(top, scores.max(-1))
+        weights = jnp.where(mask, jnp.exp(scores - new_top[..., None]), 0)
+        shrink = jnp.exp(top - new_top)
+        acc = acc * shrink[..., None] + einsum32("bgrts,bsgk->bgrtk", weights, v, v.dtype)
+        return new_top, total * shrink + weights.sum(-1), acc
+
+    rows = q.shape[:-1]
+    start = (
+        jnp.full(rows, _MASKED, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros(q.shape, jnp.float32),
+    )
+    spans = (jnp.max(place) + span) // span
+    _, total, acc = jax.lax.fori_loop(0, spans, step, start)
+    return acc / jnp.where(total > 0, total, 1)[..., None]
+
+
+def _in_blocks(attend: _Attend, q: jax.Array, place: jax.Array) -> jax.Array:
+    """`attend` on one block of queries after another."""
+    length = q.shape[3]
+    pad = -length % QUERY_BLOCK
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, pad), (0, 0)))
+    place = jnp.pad(place, ((0, 0), (0, pad)), constant_values=-1)
+    blocks = q.reshape(*q.shape[:3], -1, QUERY_BLOCK, q.shape[-1])
+    places = place.reshape(place.shape[0], -1, QUERY_BLOCK)
+    out = jax.lax.map(lambda x: attend(*x), (jnp.moveaxis(blocks, 3, 0), places.swapaxes(0, 1)))
+    return jnp.moveaxis(out, 0, 3).reshape(q.shape)[:, :, :, :length]
