@@ -22,6 +22,9 @@ from mmjax.model import Decoder
 from mmjax.sharding import param_shardings
 from mmjax.tokenizer import Tokenizer
 
+# Rows of the narrowest decode program: XLA's products on CPUs sum in another order for fewer rows,
+# and a sample's bits should not depend on how many others run.
+MIN_ROWS = 4
 # Decode steps between two looks at the queue while prompts wait to be computed.
 SHORT_BURST = 4
 # More layers than this are scanned: their programs would take too long to compile.
@@ -75,7 +78,7 @@ class Engine:
         self.cfg, self.tokenizer = model.cfg, tokenizer
         self._mesh = _mesh_of(model)
         self._schedule = Schedule(prefix_block, prefill_chunk)
-        self._slots = max_slots
+        self._slots, self._widths = max_slots, _widths(max_slots)
         with self._on_mesh():
             self._unstack = _unstacker(model, self._mesh)
             graphdef, self._params = self._unstack(nnx.state(model))
@@ -249,11 +252,9 @@ class Engine:
         with self._on_mesh():
             for size in self._schedule.sizes:
                 self._run_chunk(np.zeros(size, np.int32), 0, (-1, 0, 0))
-            rows = 1
-            while rows < 2 * self._slots:
+            for rows in self._widths:
                 table = np.zeros((rows, self._memory.table.shape[1]), np.int32)
                 self._run_burst(idle_rows(rows), table, 0, top=False)
-                rows *= 2
             self._memory.warm_up()
 
     # One round.
@@ -352,7 +353,7 @@ class Engine:
         rows = self._growing(most)
         if not rows:
             return []
-        width = 1 << (len(rows) - 1).bit_length()
+        width = next(width for width in self._widths if width >= len(rows))
         packed, table = idle_rows(width), np.zeros((width, self._memory.table.shape[1]), np.int32)
         packed[: len(rows)] = pack_rows(
             [
@@ -496,6 +497,15 @@ class _Drawn:
             )
             tops = [list(zip(*pair, strict=True)) for pair in pairs]
         return [TokenLogprob(*one) for one in zip(ids, own, tops, strict=True)]
+
+
+def _widths(slots: int) -> list[int]:
+    """Rows of the decode programs: powers of two, and last as many as there are slots."""
+    widths, rows = [], MIN_ROWS
+    while rows < slots:
+        widths.append(rows)
+        rows *= 2
+    return [*widths, slots]
 
 
 def _check_sizes(
