@@ -3,13 +3,17 @@
 from mmjax.cache import HybridCache
 from mmjax.config import ModelConfig
 from mmjax.convert import CheckpointError, load, save
+from mmjax.engine import Engine, RequestError, SamplingParams
 from mmjax.model import Decoder
 
 __all__ = [
     "CheckpointError",
     "Decoder",
+    "Engine",
     "HybridCache",
     "ModelConfig",
+    "RequestError",
+    "SamplingParams",
     "load",
     "save",
 ]

@@ -73,8 +73,8 @@ class PagedCache(NamedTuple):
     """What many sequences remember, in pools, and which of them the B rows of a batch are.
 
     Attributes:
-      keys: [N softmax layers, P, page, G, K], P pages of the same number of tokens, RoPE applied.
-      values: [N, P, page, G, K].
+      keys: [N softmax layers, P, G, page, K], P pages of the same number of tokens, RoPE applied.
+      values: [N, P, G, page, K].
       state: [M lightning layers, S, H, K, V] float32, S states.
       table: [B, W] int32: the row's pages in the order of its tokens; any page where it has none.
       slots: [B] int32: the row's state, no two rows the same one; negative for an idle row.
@@ -91,4 +91,4 @@ class PagedCache(NamedTuple):
     @property
     def capacity(self) -> int:
         """Tokens that a row can hold."""
-        return self.table.shape[1] * self.keys.shape[2]
+        return self.table.shape[1] * self.keys.shape[3]

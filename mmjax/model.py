@@ -14,7 +14,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.lightning_attention.clock import number_segments
-from mmjax.cache import HybridCache, PagedCache
 from mmjax.config import LIGHTNING, SOFTMAX, ModelConfig
 from mmjax.layers.block import Block, Cache, Context, LayerIndex, empty_stats
 from mmjax.layers.embed import Embed, Head, tied_logits
@@ -53,12 +52,12 @@ class Intermediates(NamedTuple):
 
 class Output(NamedTuple):
     """logits [B, T, vocab] float32 (None if not asked for); hidden [B, T, D] after the final
-    norm; the updated cache, if one was given; aux; intermediates, if asked for.
+    norm; the updated cache, of the kind that was given, if any; aux; intermediates, if asked for.
     """
 
     logits: jax.Array | None
     hidden: jax.Array
-    cache: Cache | None
+    cache: Any
     aux: Aux
     intermediates: Intermediates | None
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from mmjax.engine.memory import Memory
 from mmjax.engine.pages import Prefix
-from mmjax.engine.programs import BURST, Programs, idle_rows, pack_rows
+from mmjax.engine.programs import BURST, compiled, idle_rows, pack_rows
 from mmjax.engine.results import Completion, EngineStats, Output, RequestError, TokenLogprob
 from mmjax.engine.sample import Request, Sample, Schedule, seed_words
 from mmjax.engine.sampling import SamplingParams
@@ -33,6 +33,8 @@ UNROLLED_LAYERS = 48
 # of a CPU's, which says nothing about its own.
 KV_SHARE, CPU_KV_BYTES = 0.6, 1 << 30
 MAX_SAMPLES = 1024
+
+type Prompt = str | Sequence[int] | np.ndarray
 
 
 class Engine:
@@ -82,8 +84,8 @@ class Engine:
         with self._on_mesh():
             self._unstack = _unstacker(model, self._mesh)
             graphdef, self._params = self._unstack(nnx.state(model))
-            self._programs = Programs(graphdef, self._params)
-            self._leaves = jax.tree.leaves(self._params)
+            self._leaves, treedef = jax.tree.flatten(self._params)
+            self._programs = compiled(graphdef, treedef)
             longest = min(max_length or 32768, self.cfg.max_position_embeddings)
             width = -(-longest // page_size)
             pages = num_pages or min(max_slots * width, _affordable_pages(self.cfg, page_size))
@@ -110,7 +112,7 @@ class Engine:
 
     def add(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
@@ -146,8 +148,8 @@ class Engine:
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request, whose samples give one more Output each; False if it is unknown."""
-        samples = self._samples.get(request_id, [])
-        for sample in list(samples):
+        samples = list(self._samples.get(request_id, []))
+        for sample in samples:
             self._end(sample)
             self._ended.append(sample.output([], sample.text.finish(), None, "cancelled"))
         return bool(samples)
@@ -176,7 +178,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
         """Runs prompts to their ends.
@@ -210,9 +212,7 @@ class Engine:
             raise
         return list(done.values())
 
-    def stream(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None
-    ) -> Iterator[Output]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Output]:
         """Runs one prompt and gives what its samples gain, as it comes.
 
         Raises:
@@ -269,7 +269,10 @@ class Engine:
         return outputs
 
     def _admit(self) -> None:
-        """Gives slots and pages to waiting samples, in the order of arrival."""
+        """Gives slots and pages to waiting samples, in the order of arrival.
+
+        A sample that a running one is computing a prefix for waits for it, and a slot with it.
+        """
         filling = {
             digest
             for sample in self._running
@@ -277,8 +280,8 @@ class Engine:
             for end, digest in sample.digests()
             if end > sample.computed
         }
-        blocked = []
-        while self._waiting and self._memory.free_slots:
+        blocked: list[Sample] = []
+        while self._waiting and self._memory.free_slots > len(blocked):
             sample = self._waiting.pop(0)
             if sample.moved is None and self._awaits(sample, filling):
                 blocked.append(sample)
@@ -361,7 +364,7 @@ class Engine:
                 for sample, steps in rows
             ]
         )
-        table[: len(rows)] = self._memory.table[[sample.slot for sample, _ in rows]]
+        table[: len(rows)] = self._memory.table[np.array([sample.slot for sample, _ in rows])]
         top = any(sample.request.params.logprobs for sample, _ in rows)
         burst = self._run_burst(packed, table, max(steps for _, steps in rows), top=top)
         return [self._accept(sample, row, burst) for row, (sample, _) in enumerate(rows)]
@@ -447,7 +450,7 @@ class Engine:
         own = () if params.ignore_eos or eos is None else (eos,)
         return (*own, *params.stop_ids)
 
-    def _checked(self, prompt: str | Sequence[int], params: SamplingParams) -> np.ndarray:
+    def _checked(self, prompt: Prompt, params: SamplingParams) -> np.ndarray:
         """The prompt's ids."""
         if self.tokenizer is None:
             wants = {"a text prompt": isinstance(prompt, str), "stop": bool(params.stop)}
@@ -522,7 +525,8 @@ def _check_sizes(
     ratio = prefill_chunk // prefix_block
     if ratio < 1 or ratio & (ratio - 1) or ratio * prefix_block != prefill_chunk:
         raise ValueError(
-            f"prefill_chunk {prefill_chunk} must be prefix_block {prefix_block} times a power of two"
+            f"prefill_chunk {prefill_chunk} must be a power of two times "
+            f"prefix_block {prefix_block}"
         )
 
 
@@ -530,6 +534,7 @@ def _mesh_of(model: Decoder) -> Mesh | None:
     """The mesh that the parameters lie on; None for a single device."""
     sharding = jax.tree.leaves(nnx.state(model))[0].sharding
     if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+        assert isinstance(sharding.mesh, Mesh)
         return sharding.mesh
     return None
 

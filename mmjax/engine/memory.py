@@ -118,8 +118,10 @@ class Memory:
     def move_out(self, sample: Sample) -> None:
         """Brings a sample to the host, bit for bit."""
         used = sample.pages[: self.pages_for(sample.computed)]
+        assert sample.slot is not None
+        slot = np.int32(sample.slot)
         parts = [
-            jax.device_get(programs.extract(self.pools, np.int32(sample.slot), pages))
+            jax.device_get(programs.extract(self.pools, slot, pages))
             for pages in _in_parts(used, fill=0)
         ]
         self.release(sample)

@@ -104,7 +104,7 @@ class PrefixCache:
             pass
 
 
-def digests(tokens: Sequence[int], ends: Sequence[int]) -> list[bytes]:
+def digests(tokens: Sequence[int] | np.ndarray, ends: Sequence[int]) -> list[bytes]:
     """A digest of the tokens up to each of `ends`, which ascend."""
     raw = np.asarray(tokens, np.int32)
     running, start, found = hashlib.blake2b(digest_size=16), 0, []

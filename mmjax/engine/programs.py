@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -34,14 +34,14 @@ class Pools(NamedTuple):
     @classmethod
     def create(cls, cfg: ModelConfig, pages: int, page_size: int, states: int) -> Pools:
         """Pools of zeros, spread over the mesh in force."""
-        kv = (cfg.kinds.count(SOFTMAX), pages, page_size, cfg.num_kv_heads, cfg.head_dim)
+        kv = (cfg.kinds.count(SOFTMAX), pages, cfg.num_kv_heads, page_size, cfg.head_dim)
         state = (cfg.kinds.count(LIGHTNING), states, cfg.num_heads, cfg.head_dim, cfg.head_dim)
         return cls(
             jnp.zeros(kv, cfg.dtype), jnp.zeros(kv, cfg.dtype), jnp.zeros(state, jnp.float32)
         )._pinned()
 
     def _pinned(self) -> Pools:
-        kv = (None, None, None, "kv_heads", None)
+        kv = (None, None, "kv_heads", None, None)
         return Pools(
             constrain(self.keys, *kv),
             constrain(self.values, *kv),
@@ -78,7 +78,7 @@ class Rows(NamedTuple):
     forced_ids: Any
 
 
-_WIDTHS = Rows(*[1] * 5, 2, *[1] * 8, STOPS, FORCED)
+_WIDTHS = (*[1] * 5, 2, *[1] * 8, STOPS, FORCED)
 _FLOATS = ("temperature", "top_p", "min_p", "sure")
 ROW_WORDS = sum(_WIDTHS)
 
@@ -133,7 +133,7 @@ class _State(NamedTuple):
     pools: Pools
     token: jax.Array
     done: jax.Array
-    count: jax.Array
+    gained: jax.Array
     run: jax.Array
     tokens: jax.Array
     logprobs: jax.Array
@@ -141,18 +141,26 @@ class _State(NamedTuple):
     top_logprobs: jax.Array
 
 
-class Programs:
-    """Compiled calls on one model; what they take of pools they give back updated.
+class Programs(NamedTuple):
+    """Compiled calls on models of one structure; pools are donated and given back updated."""
+
+    prefill: Any
+    decode: Any
+
+
+@lru_cache(maxsize=8)
+def compiled(graphdef: Any, treedef: Any) -> Programs:
+    """The calls for a decoder's structure, the same ones for every engine.
 
     Args:
-      graphdef: Structure of the decoder, whose parameters every call takes as `params`.
+      graphdef: Structure of the decoder.
+      treedef: Of its parameters, whose leaves every call takes.
     """
-
-    def __init__(self, graphdef: nnx.GraphDef[Decoder], params: nnx.State) -> None:
-        _, treedef = jax.tree.flatten(params)
-        static = {"graphdef": graphdef, "treedef": treedef}
-        self.prefill = jax.jit(partial(_prefill, **static), donate_argnames="pools")
-        self.decode = jax.jit(partial(_decode, **static), donate_argnames="pools")
+    static = {"graphdef": graphdef, "treedef": treedef}
+    return Programs(
+        jax.jit(partial(_prefill, **static), donate_argnames="pools"),
+        jax.jit(partial(_decode, **static), donate_argnames="pools"),
+    )
 
 
 def _model(graphdef: Any, treedef: Any, leaves: list[jax.Array]) -> Decoder:
@@ -174,6 +182,8 @@ def _prefill(
     Args:
       leaves: Parameters.
       pools: Donated.
+      graphdef: With treedef, the decoder's structure.
+      treedef: Of its parameters.
       tokens: [T], padded on the right.
       table: [W], the row's pages.
       place: [3]: state slot, tokens so far, real tokens of the chunk.
@@ -203,6 +213,8 @@ def _decode(
     Args:
       leaves: Parameters.
       pools: Donated.
+      graphdef: With treedef, the decoder's structure.
+      treedef: Of its parameters.
       packed: [B, ROW_WORDS], see `Rows`.
       table: [B, W], the rows' pages.
       steps: [] int32, at most BURST.
@@ -227,26 +239,27 @@ def _decode(
 
     def step(s: _State) -> _State:
         slots = jnp.where(s.done, -1, rows.slot)
-        cache = PagedCache(*s.pools, table, slots, rows.length + s.count)
+        cache = PagedCache(*s.pools, table, slots, rows.length + s.gained)
         out = model(s.token[:, None], segment_ids=(~s.done)[:, None].astype(jnp.int32), cache=cache)
-        keys = jax.vmap(jax.random.fold_in)(seeds, (rows.drawn + s.count).astype(jnp.uint32))
+        keys = jax.vmap(jax.random.fold_in)(seeds, (rows.drawn + s.gained).astype(jnp.uint32))
+        assert out.logits is not None
         token, logp = draw(out.logits[:, 0], keys, how)
         forced = jnp.take_along_axis(
-            rows.forced_ids, jnp.minimum(s.count, FORCED - 1)[:, None], axis=1
+            rows.forced_ids, jnp.minimum(s.gained, FORCED - 1)[:, None], axis=1
         )
-        token = jnp.where(s.count < rows.forced, forced[:, 0], token)
+        token = jnp.where(s.gained < rows.forced, forced[:, 0], token)
         chosen = jnp.take_along_axis(logp, token[:, None], axis=1)[:, 0]
         ids, values = jax.lax.cond(want_top, top_of, no_top, logp)
         live = ~s.done
-        count = s.count + live.astype(jnp.int32)
+        gained = s.gained + live.astype(jnp.int32)
         run = jnp.where(live, jnp.where(chosen > rows.sure, s.run + 1, 0), s.run)
         stopped = jnp.any(rows.stop_ids == token[:, None], axis=1)
         return _State(
             s.step + 1,
             Pools(*out.cache[:3]),
             jnp.where(live, token, 0),
-            s.done | stopped | (run >= rows.halt) | (count >= rows.steps),
-            count,
+            s.done | stopped | (run >= rows.halt) | (gained >= rows.steps),
+            gained,
             run,
             s.tokens.at[s.step].set(token),
             s.logprobs.at[s.step].set(chosen),
@@ -271,7 +284,7 @@ def _decode(
     )
     end = jax.lax.while_loop(lambda s: (s.step < steps) & ~jnp.all(s.done), step, start)
     bits = jax.lax.bitcast_convert_type(end.logprobs, jnp.int32)
-    words = jnp.concatenate([end.count[None], end.run[None], end.tokens, bits]).T
+    words = jnp.concatenate([end.gained[None], end.run[None], end.tokens, bits]).T
     return end.pools._pinned(), Burst(words, end.top_ids, end.top_logprobs)
 
 
@@ -289,7 +302,7 @@ def fork(pools: Pools, states: jax.Array, pages: jax.Array) -> Pools:
 
 
 class Moved(NamedTuple):
-    """Part of a row on its way: keys, values [N, MOVED_PAGES, page, G, K]; state [M, H, K, V]."""
+    """Part of a row on its way: keys, values [N, MOVED_PAGES, G, page, K]; state [M, H, K, V]."""
 
     keys: Any
     values: Any

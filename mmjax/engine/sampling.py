@@ -100,13 +100,6 @@ class Draw(NamedTuple):
     min_p: jax.Array
     top_k: jax.Array
 
-    @classmethod
-    def all_rows(cls, params: SamplingParams, rows: int) -> Draw:
-        """Every row alike."""
-        values = (params.temperature, params.top_p, params.min_p)
-        floats = (jnp.full(rows, value, jnp.float32) for value in values)
-        return cls(*floats, jnp.full(rows, params.top_k, jnp.int32))
-
 
 def sample(
     logits: Float32[Array, "B vocab"], keys: jax.Array, params: SamplingParams
@@ -123,8 +116,22 @@ def sample(
       and top-k: the distribution that a trainer can compute again. At temperature 0, under
       softmax(logits).
     """
-    token, logp = draw(logits, keys, Draw.all_rows(params, logits.shape[0]))
+    logp = jax.nn.log_softmax(logits / (params.temperature or 1.0), axis=-1)
+    scores = logp
+    if params.temperature:
+        if params.top_p < 1 or params.top_k or params.min_p:
+            scores = _filtered(scores, _all_rows(params, logits.shape[0]))
+        scores += _noise(keys, logp.shape[1])
+    token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     return token, jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
+
+
+def _all_rows(params: SamplingParams, rows: int) -> Draw:
+    def full(value: float) -> jax.Array:
+        return jnp.full(rows, value, jnp.float32)
+
+    top_k = jnp.full(rows, params.top_k, jnp.int32)
+    return Draw(full(params.temperature), full(params.top_p), full(params.min_p), top_k)
 
 
 def draw(
@@ -143,19 +150,21 @@ def draw(
       The tokens [B], and log softmax(logits / temperature) [B, vocab] as for `sample`.
     """
     greedy = how.temperature == 0
-    temperature = jnp.where(greedy, 1, how.temperature)
-    logp = jax.nn.log_softmax(logits / temperature[:, None], axis=-1)
-    filtering = (how.top_p < 1) | (how.top_k > 0) | (how.min_p > 0)
-    kept = jax.lax.cond(jnp.any(filtering & ~greedy), _filtered, lambda logp, _: logp, logp, how)
+    logp = jax.nn.log_softmax(logits / jnp.where(greedy, 1, how.temperature)[:, None], axis=-1)
+    filters = ~greedy & ((how.top_p < 1) | (how.top_k > 0) | (how.min_p > 0))
 
-    def with_noise(kept: jax.Array) -> jax.Array:
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logp.shape[1:]))(keys)
-        # Fused into the search for the largest, XLA draws the noise one number at a time on CPUs.
-        noise = jax.lax.optimization_barrier(noise)
-        return jnp.where(greedy[:, None], logp, kept + noise)
+    def random() -> jax.Array:
+        kept = jax.lax.cond(jnp.any(filters), lambda: _filtered(logp, how), lambda: logp)
+        return jnp.where(greedy[:, None], logp, kept + _noise(keys, logp.shape[1]))
 
-    scores = jax.lax.cond(jnp.all(greedy), lambda _: logp, with_noise, kept)
+    scores = jax.lax.cond(jnp.all(greedy), lambda: logp, random)
     return jnp.argmax(scores, axis=-1).astype(jnp.int32), logp
+
+
+def _noise(keys: jax.Array, vocab: int) -> jax.Array:
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (vocab,)))(keys)
+    # Fused into the search for the largest, XLA draws the noise one number at a time on CPUs.
+    return jax.lax.optimization_barrier(noise)
 
 
 def _filtered(logp: jax.Array, how: Draw) -> jax.Array:
@@ -181,7 +190,7 @@ def _least(logp: jax.Array, weight: jax.Array, target: jax.Array) -> jax.Array:
     low = jnp.full(logp.shape[:1], -1, jnp.int32)
     high = jnp.full(logp.shape[:1], 0x7F800000, jnp.int32)
 
-    def halve(_: int, x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def halve(_: jax.Array, x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = x
         middle = low + (high - low) // 2
         enough = jnp.where(depth <= middle[:, None], weight, 0).sum(-1) >= target

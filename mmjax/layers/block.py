@@ -15,7 +15,6 @@ from mmjax.layers.lightning import LightningAttention
 from mmjax.layers.moe import MoE, RouterStats
 from mmjax.layers.norm import RMSNorm
 
-
 type Cache = HybridCache | PagedCache
 
 

@@ -27,7 +27,7 @@ SPAN_TOKENS = 1 << 18
 QUERY_BLOCK = 512
 _MASKED = -1e30
 
-# Keys and values [B, span, G, K] of span j.
+# Keys and values [B, n, G, page size, K] of the n pages of span j.
 type _Read = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 type _Attend = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -35,29 +35,29 @@ type _Attend = Callable[[jax.Array, jax.Array], jax.Array]
 def write_pages(
     x: Float[Array, "B T G K"],
     index: Int32[Array, "B T"],
-    pool: Float[Array, "N P S G K"],
+    pool: Float[Array, "N P G S K"],
     table: Int32[Array, "B W"],
     layer: Int32[Array, ""],
-) -> Float[Array, "N P S G K"]:
+) -> Float[Array, "N P G S K"]:
     """Writes tokens into their rows' pages of one layer.
 
     Args:
       x: Keys or values [B, T, G, K].
       index: Place of each token in its row [B, T]; W · page size or more for padding, which is
         not written.
-      pool: [N, P, page size, G, K].
+      pool: [N, P, G, page size, K].
       table: Pages of each row [B, W].
       layer: Which of the N layers.
     """
-    _, pages, size, *_ = pool.shape
+    _, pages, _, size, _ = pool.shape
     page = jnp.take_along_axis(table, index // size, axis=1, mode="fill", fill_value=pages)
-    return pool.at[layer, page, index % size].set(x.astype(pool.dtype), mode="drop")
+    return pool.at[layer, page, :, index % size].set(x.astype(pool.dtype), mode="drop")
 
 
 def paged_attention(
     q: Float[Array, "B T H K"],
-    keys: Float[Array, "N P S G K"],
-    values: Float[Array, "N P S G K"],
+    keys: Float[Array, "N P G S K"],
+    values: Float[Array, "N P G S K"],
     table: Int32[Array, "B W"],
     index: Int32[Array, "B T"],
     layer: Int32[Array, ""],
@@ -66,8 +66,8 @@ def paged_attention(
 
     Args:
       q: Queries [B, T, H, K].
-      keys: [N, P, page size, G, K], those of the queries' own tokens among them.
-      values: [N, P, page size, G, K].
+      keys: [N, P, G, page size, K], those of the queries' own tokens among them.
+      values: [N, P, G, page size, K].
       table: Pages of each row [B, W].
       index: Place of each query in its row [B, T]; W · page size or more for padding, whose
         output is zero.
@@ -77,7 +77,7 @@ def paged_attention(
       [B, T, H, K] in q.dtype.
     """
     batch, length, heads, dim = q.shape
-    size, groups = keys.shape[2:4]
+    groups, size = keys.shape[2:4]
     place = jnp.where(index < table.shape[1] * size, index, -1)
     grouped = q.reshape(batch, length, groups, heads // groups, dim).transpose(0, 2, 3, 1, 4)
     count = _pages_of_a_span(q, size, table.shape[1])
@@ -85,15 +85,11 @@ def paged_attention(
 
     def read(j: jax.Array) -> tuple[jax.Array, jax.Array]:
         pages = jax.lax.dynamic_slice_in_dim(table, j * count, count, axis=1)
-        shape = (batch, count * size, groups, dim)
-        k, v = (pool[layer, pages].reshape(shape) for pool in (keys, values))
-        return k.astype(q.dtype), v.astype(q.dtype)
+        k, v = (pool[layer, pages].astype(q.dtype) for pool in (keys, values))
+        return k, v
 
     attend = partial(_attend, read=read, span=count * size)
-    if length <= QUERY_BLOCK:
-        out = attend(grouped, place)
-    else:
-        out = _in_blocks(attend, grouped, place)
+    out = attend(grouped, place) if length <= QUERY_BLOCK else _in_blocks(attend, grouped, place)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
 
 
@@ -116,12 +112,11 @@ def _attend(q: jax.Array, place: jax.Array, *, read: _Read, span: int) -> jax.Ar
         k, v = read(j)
         key = j * span + jnp.arange(span, dtype=jnp.int32)
         mask = (key[None, None] <= place[:, :, None])[:, None, None]
-        scores = einsum32("bgrtk,bsgk->bgrts", q, k, q.dtype) * scale
-        scores = jnp.where(mask, scores, _MASKED)
+        scores = jnp.where(mask, _scores(q, k) * scale, _MASKED)
         new_top = jnp.maximum(top, scores.max(-1))
         weights = jnp.where(mask, jnp.exp(scores - new_top[..., None]), 0)
         shrink = jnp.exp(top - new_top)
-        acc = acc * shrink[..., None] + einsum32("bgrts,bsgk->bgrtk", weights, v, v.dtype)
+        acc = acc * shrink[..., None] + _weigh(weights, v)
         return new_top, total * shrink + weights.sum(-1), acc
 
     rows = q.shape[:-1]
@@ -133,6 +128,34 @@ def _attend(q: jax.Array, place: jax.Array, *, read: _Read, span: int) -> jax.Ar
     spans = (jnp.max(place) + span) // span
     _, total, acc = jax.lax.fori_loop(0, spans, step, start)
     return acc / jnp.where(total > 0, total, 1)[..., None]
+
+
+# For one query each page is multiplied as it lies, with the queries of its row: less work than to
+# lay the pages' heads together, which many queries gain by.
+
+
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """[B, G, R, T, span] of queries [B, G, R, T, K] and keys [B, n, G, S, K]."""
+    if q.shape[3] > 1:
+        return einsum32("bgrtk,bgsk->bgrts", q, _together(k), q.dtype)
+    pages = jnp.broadcast_to(q[:, None, :, :, 0], (*k.shape[:3], q.shape[2], q.shape[4]))
+    scores = einsum32("bngrk,bngsk->bngrs", pages, k, q.dtype)
+    return scores.transpose(0, 2, 3, 1, 4).reshape(*q.shape[:4], -1)
+
+
+def _weigh(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """[B, G, R, T, K] of weights [B, G, R, T, span] and values [B, n, G, S, K]."""
+    if weights.shape[3] > 1:
+        return einsum32("bgrts,bgsk->bgrtk", weights, _together(v), v.dtype)
+    batch, groups, repeats, _, _ = weights.shape
+    pages = weights.reshape(batch, groups, repeats, v.shape[1], -1).transpose(0, 3, 1, 2, 4)
+    return einsum32("bngrs,bngsk->bngrk", pages, v, v.dtype).sum(1)[:, :, :, None]
+
+
+def _together(x: jax.Array) -> jax.Array:
+    """[B, n, G, S, K] to [B, G, n S, K]."""
+    batch, pages, groups, size, dim = x.shape
+    return x.swapaxes(1, 2).reshape(batch, groups, pages * size, dim)
 
 
 def _in_blocks(attend: _Attend, q: jax.Array, place: jax.Array) -> jax.Array:

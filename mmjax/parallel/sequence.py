@@ -211,7 +211,7 @@ def softmax_on_pages(
     index: Int32[Array, "B T"],
     cache: PagedCache,
     layer: Int32[Array, ""],
-) -> tuple[Float[Array, "B T H K"], Float[Array, "N P S G K"], Float[Array, "N P S G K"]]:
+) -> tuple[Float[Array, "B T H K"], Float[Array, "N P G S K"], Float[Array, "N P G S K"]]:
     """Writes keys and values into the rows' pages of layer `layer` and attends over them.
 
     Args:
@@ -256,7 +256,7 @@ def _check_heads(parts: int, heads: dict[str, int]) -> None:
 class _PoolSpecs:
     """Where the arrays of a call on pools lie: rows whole on every device, heads over `model`.
 
-    rows [B, T]; heads [B, T, H or G, K]; state [M, S, H, K, V]; pages [N, P, page, G, K].
+    rows [B, T]; heads [B, T, H or G, K]; state [M, S, H, K, V]; pages [N, P, G, page, K].
     """
 
     def __init__(self, mesh: AbstractMesh, axis: str | None, **heads: int) -> None:
@@ -264,7 +264,7 @@ class _PoolSpecs:
         self.rows = P(None, axis)
         self.heads = P(None, axis, "model", None)
         self.state = P(None, None, "model", None, None)
-        self.pages = P(None, None, None, "model", None)
+        self.pages = P(None, None, "model", None, None)
 
 
 class _Specs:

@@ -1,0 +1,345 @@
+"""The engine: whatever runs beside a request, it gets what it gets alone."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import monitoring
+
+from mmjax import Engine, RequestError, SamplingParams
+from mmjax.engine import RepetitionHalt
+from tests.mmjax.programs import forward, random_model, small_config, with_config
+
+CFG = small_config(hidden_size=32, intermediate_size=32, vocab_size=64)
+# Four samples of up to 96 tokens would need 48 pages: there are 16.
+SIZES = {
+    "max_slots": 4,
+    "max_length": 96,
+    "page_size": 8,
+    "num_pages": 16,
+    "prefill_chunk": 32,
+    "prefix_block": 16,
+    "num_prefixes": 6,
+}
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0, logprobs=0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(CFG)
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    engine = Engine(model, **SIZES)
+    engine.warm_up()
+    return engine
+
+
+def prompt(length, seed=0):
+    return np.random.default_rng(seed).integers(0, CFG.vocab_size, length).tolist()
+
+
+def alone(engine, model, ids, params):
+    """A request in an idle engine that keeps no prefix."""
+    engine.update(model)
+    return engine.generate([ids], params)
+
+
+def told(completion):
+    """What must not depend on others."""
+    return completion.token_ids, completion.logprobs, completion.finish_reason
+
+
+def finish(engine, outputs=()):
+    """Steps until idle; tokens, logprobs and reason of each sample."""
+    samples = {}
+    outputs = list(outputs)
+    while engine.has_work:
+        outputs += engine.step()
+    for out in outputs:
+        ids, logprobs, _ = samples.get((out.request_id, out.index), ([], [], None))
+        joined = (ids + out.token_ids, logprobs + (out.logprobs or []), out.finish_reason)
+        samples[out.request_id, out.index] = joined
+    return samples
+
+
+def assert_all_free(engine):
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.swapped) == (0, 0, 0)
+    assert stats.pages_used == stats.pages_cached
+
+
+@contextlib.contextmanager
+def counting_compilations():
+    found = []
+
+    def listen(name, *_, **__):
+        if "backend_compile" in name:
+            found.append(name)
+
+    monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        monitoring.unregister_event_duration_listener(listen)
+
+
+# Alone and among others.
+
+
+def scenario(rng):
+    """Requests, some with a common beginning, of all kinds of sampling."""
+    shared = prompt(int(rng.integers(20, 60)), 99)
+    requests = []
+    for i in range(14):
+        own = prompt(int(rng.choice([1, 2, 9, 16, 17, 31])), int(rng.integers(1000)))
+        ids = shared[: int(rng.choice([16, 32, 60]))] * int(rng.random() < 0.4) + own
+        params = SamplingParams(
+            max_tokens=int(rng.integers(1, min(64, 96 - len(ids)) + 1)),
+            temperature=float(rng.choice([0.0, 0.7, 1.0])),
+            top_p=float(rng.choice([1.0, 0.8])),
+            top_k=int(rng.choice([0, 5])),
+            min_p=float(rng.choice([0.0, 0.05])),
+            seed=i,
+            n=int(rng.choice([1, 1, 3])),
+            stop_ids=tuple(rng.integers(0, CFG.vocab_size, int(rng.choice([0, 0, 0, 2]))).tolist()),
+            logprobs=int(rng.choice([0, 2])),
+        )
+        requests.append((ids, params))
+    return requests
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_company_changes_nothing(engine, model, seed):
+    """Random arrivals, lengths, cancellations, pages short and used again; to the bit."""
+    rng = np.random.default_rng(seed)
+    requests = scenario(rng)
+    engine.update(model)
+    before = engine.stats()
+    outputs, waiting, cancelled = [], dict(enumerate(requests)), set()
+    with counting_compilations() as compilations:
+        while waiting or engine.has_work:
+            for i in list(waiting)[: int(rng.integers(0, 4))]:
+                engine.add(*waiting.pop(i), request_id=f"{seed}-{i}")
+            outputs += engine.step()
+            if rng.random() < 0.1:
+                name = f"{seed}-{rng.integers(len(requests))}"
+                if engine.cancel(name):
+                    cancelled.add(name)
+        samples = finish(engine, outputs)
+    assert not compilations
+    assert_all_free(engine)
+    after = engine.stats()
+    assert after.preemptions > before.preemptions
+    assert after.cached_prompt_tokens > before.cached_prompt_tokens
+    for i, (ids, params) in enumerate(requests):
+        for expected in alone(engine, model, ids, params):
+            got = samples[f"{seed}-{i}", expected.index]
+            if got[2] == "cancelled":
+                assert f"{seed}-{i}" in cancelled
+                got = (*got[:2], expected.finish_reason)
+                count = len(got[0])
+                expected.token_ids = expected.token_ids[:count]
+                expected.logprobs = (expected.logprobs or [])[:count]
+            assert got == (expected.token_ids, expected.logprobs or [], expected.finish_reason)
+
+
+def full_logprobs(model, ids, temperature=1.0):
+    """log-softmax of every position by one pass without a cache."""
+    tokens = np.zeros((1, 96), np.int32)
+    tokens[0, : len(ids)] = ids
+    real = (np.arange(96) < len(ids))[None].astype(np.int32)
+    logits = forward(model, jnp.asarray(tokens), jnp.asarray(real)).logits[0]
+    return np.asarray(jax.nn.log_softmax(logits / (temperature or 1.0)))
+
+
+@pytest.mark.parametrize(
+    ("length", "temperature"), [(1, 0.0), (7, 0.0), (33, 0.7), (64, 1.0), (80, 0.0)]
+)
+def test_tokens_are_those_of_full_passes(engine, model, length, temperature):
+    params = SamplingParams(max_tokens=12, temperature=temperature, seed=5, logprobs=1)
+    ids = prompt(length, length)
+    (done,) = engine.generate([ids], params)
+    logp = full_logprobs(model, ids + done.token_ids, temperature)
+    for place, (token, own) in enumerate(
+        zip(done.token_ids, done.logprobs, strict=True), length - 1
+    ):
+        best = int(logp[place].argmax())
+        assert own.token == token
+        assert own.logprob == pytest.approx(logp[place, token], abs=2e-5)
+        assert own.top[0] == (best, pytest.approx(logp[place, best], abs=2e-5))
+        assert temperature or token == best
+    assert (done.prompt_tokens, done.finish_reason) == (length, "length")
+
+
+# Prefixes.
+
+
+def test_samples_of_a_prompt_share_its_prefill(engine, model):
+    ids = prompt(40)
+    engine.update(model)
+    before = engine.stats()
+    done = engine.generate([ids], SamplingParams(max_tokens=5, seed=1, n=9, logprobs=0))
+    after = engine.stats()
+    assert after.prompt_tokens - before.prompt_tokens == 9 * 40
+    assert after.cached_prompt_tokens - before.cached_prompt_tokens == 8 * 39
+    assert [c.cached_tokens for c in done] == [0] + [39] * 8
+    assert [c.index for c in done] == list(range(9))
+    assert len({tuple(c.token_ids) for c in done}) > 5
+
+
+def test_requests_that_begin_alike_share_up_to_a_border(engine, model):
+    engine.update(model)
+    first, second = [*prompt(70), 1, 2], [*prompt(70), 3, 4, 5]
+    done = engine.generate([first, second], GREEDY)
+    # Cut at 16 and 32, then at multiples of 32.
+    assert [c.cached_tokens for c in done] == [0, 64]
+    for completion, ids in zip(done, (first, second), strict=True):
+        assert told(completion) == told(alone(engine, model, ids, GREEDY)[0])
+
+
+def test_prefixes_give_way_to_running_samples(engine, model):
+    engine.update(model)
+    engine.generate([prompt(72)], GREEDY)
+    before = engine.stats()
+    assert before.pages_cached == 9
+    (done,) = engine.generate([prompt(80, 1)], GREEDY)
+    assert done.finish_reason == "length"
+    assert engine.stats().preemptions == before.preemptions
+    assert_all_free(engine)
+
+
+# How a sample ends.
+
+
+def test_stop_id_ends_its_sample_alone(engine):
+    params = SamplingParams(max_tokens=12, temperature=0.0)
+    first, other = engine.generate([prompt(9), prompt(5, 1)], params)
+    stop = first.token_ids[4]
+    # More of them than the device is told.
+    never = tuple(t for t in range(64) if t not in first.token_ids + other.token_ids)[:12]
+    for stops in ((stop,), (*never, stop)):
+        params = SamplingParams(max_tokens=12, temperature=0.0, stop_ids=stops)
+        cut, whole = engine.generate([prompt(9), prompt(5, 1)], params)
+        assert cut.token_ids == first.token_ids[: first.token_ids.index(stop) + 1]
+        assert cut.finish_reason == "stop"
+        if stop not in other.token_ids:
+            assert whole.token_ids == other.token_ids
+
+
+def test_end_token_of_the_model_and_ignoring_it(engine, model):
+    (free,) = engine.generate([prompt(9)], GREEDY)
+    eos = free.token_ids[3]
+    ending = Engine(with_config(model, eos_token_id=eos), **SIZES)
+    (done,) = ending.generate([prompt(9)], GREEDY)
+    assert (done.token_ids[-1], done.finish_reason) == (eos, "stop")
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    assert ending.generate([prompt(9)], params)[0].token_ids == free.token_ids
+
+
+def test_repetition_halts(engine):
+    """Every token is likelier than a millionth, so the fifth one is the last."""
+    halt = RepetitionHalt(tokens=5, probability=1e-6)
+    (done,) = engine.generate([prompt(9)], SamplingParams(max_tokens=40, repetition_halt=halt))
+    assert (len(done.token_ids), done.finish_reason) == (5, "repetition")
+
+
+def test_likely_tokens_are_counted_over_bursts(engine):
+    (free,) = engine.generate(
+        [prompt(9)], SamplingParams(max_tokens=60, temperature=0.0, logprobs=0)
+    )
+    sure = np.exp([t.logprob for t in free.logprobs])
+    bar = float(np.median(sure))
+    runs = np.zeros(61, int)
+    for i, likely in enumerate(sure > bar):
+        runs[i] = runs[i - 1] + 1 if likely else 0
+    longest = int(runs.max())
+    halt = RepetitionHalt(tokens=longest, probability=bar)
+    params = SamplingParams(max_tokens=60, temperature=0.0, repetition_halt=halt)
+    (done,) = engine.generate([prompt(9)], params)
+    assert len(done.token_ids) == int(runs.argmax()) + 1
+
+
+def test_cancelling(engine):
+    engine.add(prompt(20), SamplingParams(max_tokens=70, n=6), request_id="gone")
+    kept = engine.add(prompt(9), GREEDY)
+    outputs = engine.step()
+    assert engine.stats().running
+    assert engine.cancel("gone")
+    assert not engine.cancel("gone")
+    assert not engine.cancel("never")
+    samples = finish(engine, outputs)
+    assert all(samples["gone", i][2] == "cancelled" for i in range(6))
+    assert samples[kept, 0][2] == "length"
+    assert_all_free(engine)
+
+
+# Weights.
+
+
+def test_new_weights_take_over_unfinished_samples(engine, model):
+    """Tokens drawn before the update stay, and those after it are the new model's."""
+    other = random_model(CFG, seed=1)
+    params = SamplingParams(max_tokens=40, temperature=0.0)
+    engine.update(model)
+    name = engine.add(prompt(40), params)
+    outputs = []
+    while not outputs:
+        outputs += engine.step()
+    engine.update(other)
+    drawn = [t for out in outputs for t in out.token_ids]
+    ids, _, _ = finish(engine, outputs)[name, 0]
+    assert 0 < len(drawn) < 40
+    assert ids[: len(drawn)] == drawn
+    logp = full_logprobs(other, prompt(40) + ids)
+    assert ids[len(drawn) :] == logp[39 + len(drawn) : 79].argmax(-1).tolist()
+    (fresh,) = engine.generate([prompt(40)], params)
+    logp = full_logprobs(other, prompt(40) + fresh.token_ids)
+    assert fresh.token_ids == logp[39:79].argmax(-1).tolist()
+    engine.update(model)
+
+
+# Requests that cannot be run.
+
+
+@pytest.mark.parametrize(
+    ("ids", "params", "message"),
+    [
+        ([], {}, "not empty"),
+        ([1, 64], {}, "token id 64 is not in the vocabulary of 64"),
+        ([-1], {}, "token id -1"),
+        (np.array([1.5]), {}, "list of token ids"),
+        ([1] * 90, {"max_tokens": 7}, "90 tokens and max_tokens=7 exceed the engine's 96"),
+        ([1], {"n": 5000}, "n must be at most"),
+        ("text", {}, "needs a tokenizer"),
+        ([1], {"stop": ("x",)}, "needs a tokenizer"),
+        ([1], {"thinking_budget": 3}, "needs a tokenizer"),
+    ],
+)
+def test_bad_requests(engine, ids, params, message):
+    with pytest.raises(RequestError, match=message):
+        engine.add(ids, SamplingParams(**{"max_tokens": 4} | params))
+    assert not engine.has_work
+
+
+def test_a_name_in_use(engine):
+    engine.add([1], GREEDY, request_id="twice")
+    with pytest.raises(RequestError, match="'twice' is still running"):
+        engine.add([1], GREEDY, request_id="twice")
+    engine.cancel("twice")
+    finish(engine)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"max_slots": 0}, "max_slots must be at least 1, got 0"),
+        ({"prefill_chunk": 48, "prefix_block": 16}, "prefill_chunk 48 must be a power of two"),
+    ],
+)
+def test_bad_sizes(model, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        Engine(model, **sizes)
