@@ -10,36 +10,20 @@ from jax import monitoring
 
 from mmjax import Engine, RequestError, SamplingParams
 from mmjax.engine import RepetitionHalt
-from tests.mmjax.programs import forward, random_model, small_config, with_config
+from tests.mmjax.engines import CFG, SIZES, prompt, small_engine, small_model
+from tests.mmjax.programs import forward, random_model, with_config
 
-CFG = small_config(hidden_size=32, intermediate_size=32, vocab_size=64)
-# Four samples of up to 96 tokens would need 48 pages: there are 16.
-SIZES = {
-    "max_slots": 4,
-    "max_length": 96,
-    "page_size": 8,
-    "num_pages": 16,
-    "prefill_chunk": 32,
-    "prefix_block": 16,
-    "num_prefixes": 6,
-}
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, logprobs=0)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model(CFG)
+    return small_model()
 
 
 @pytest.fixture(scope="module")
-def engine(model):
-    engine = Engine(model, **SIZES)
-    engine.warm_up()
-    return engine
-
-
-def prompt(length, seed=0):
-    return np.random.default_rng(seed).integers(0, CFG.vocab_size, length).tolist()
+def engine():
+    return small_engine()
 
 
 def alone(engine, model, ids, params):
@@ -220,7 +204,7 @@ def test_stop_id_ends_its_sample_alone(engine):
     first, other = engine.generate([prompt(9), prompt(5, 1)], params)
     stop = first.token_ids[4]
     # More of them than the device is told.
-    never = tuple(t for t in range(64) if t not in first.token_ids + other.token_ids)[:12]
+    never = tuple(t for t in range(256) if t not in first.token_ids + other.token_ids)[:12]
     for stops in ((stop,), (*never, stop)):
         params = SamplingParams(max_tokens=12, temperature=0.0, stop_ids=stops)
         cut, whole = engine.generate([prompt(9), prompt(5, 1)], params)
@@ -309,20 +293,26 @@ def test_new_weights_take_over_unfinished_samples(engine, model):
     ("ids", "params", "message"),
     [
         ([], {}, "not empty"),
-        ([1, 64], {}, "token id 64 is not in the vocabulary of 64"),
+        ([1, 257], {}, "token id 257 is not in the vocabulary of 257"),
         ([-1], {}, "token id -1"),
         (np.array([1.5]), {}, "list of token ids"),
         ([1] * 90, {"max_tokens": 7}, "90 tokens and max_tokens=7 exceed the engine's 96"),
         ([1], {"n": 5000}, "n must be at most"),
-        ("text", {}, "needs a tokenizer"),
-        ([1], {"stop": ("x",)}, "needs a tokenizer"),
-        ([1], {"thinking_budget": 3}, "needs a tokenizer"),
     ],
 )
 def test_bad_requests(engine, ids, params, message):
     with pytest.raises(RequestError, match=message):
         engine.add(ids, SamplingParams(**{"max_tokens": 4} | params))
     assert not engine.has_work
+
+
+@pytest.mark.parametrize(
+    ("ids", "params"), [("text", {}), ([1], {"stop": ("x",)}), ([1], {"thinking_budget": 3})]
+)
+def test_what_needs_a_tokenizer(model, ids, params):
+    mute = Engine(model, **SIZES)
+    with pytest.raises(RequestError, match="needs a tokenizer, and the engine has none"):
+        mute.add(ids, SamplingParams(4, **params))
 
 
 def test_a_name_in_use(engine):
