@@ -15,11 +15,22 @@ from mmjax.config import ConfigError, ModelConfig
 from mmjax.convert import CheckpointError, CheckpointWarning, convert
 from mmjax.convert.api import LAYOUTS
 from mmjax.convert.native import differences
+from mmjax.engine.results import RequestError
 from mmjax.plan.chips import PlanError
 from mmjax.sharding import ShardingError
+from mmjax.tokenizer import TokenizerError
 
 # What a user can put right; anything else is a bug and keeps its traceback.
-_USER_ERRORS = (CheckpointError, ConfigError, PlanError, ShardingError, UnavailableError, OSError)
+_USER_ERRORS = (
+    CheckpointError,
+    ConfigError,
+    PlanError,
+    RequestError,
+    ShardingError,
+    TokenizerError,
+    UnavailableError,
+    OSError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +67,7 @@ def _parser(command: list[str]) -> argparse.ArgumentParser:
     _add_convert(
         commands.add_parser("convert", help="rewrite a model folder in another checkpoint layout")
     )
-    generate = commands.add_parser("generate", help="continue a prompt with a model folder")
+    generate = commands.add_parser("generate", help="continue prompts with a model folder, or chat")
     if command == ["generate"]:
         from mmjax.engine import cli as engine_cli
 

@@ -1,19 +1,21 @@
-"""`mmjax generate`: prompts to completions at the terminal."""
+"""`mmjax generate`: prompts to completions at the terminal, or a chat."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
+from collections.abc import Iterable, Iterator
 
-import jax
-import numpy as np
-
-from mmjax.chat import render_chat
+from mmjax.chat import THINK_END, render_chat, split_thinking
 from mmjax.convert import load
-from mmjax.engine.generate import PromptError, generate, pad_prompts
+from mmjax.engine.engine import Engine
+from mmjax.engine.results import Output, RequestError
 from mmjax.engine.sampling import SamplingParams
 from mmjax.tokenizer import Tokenizer
+
+# Prompts that run side by side, and the longest chat unless told otherwise.
+SLOTS, CHAT_LENGTH = 16, 32768
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,12 +23,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="model folder: safetensors (either layout) or Orbax")
     parser.add_argument("--prompt", action="append", help="a prompt; may be given several times")
     parser.add_argument("--prompts-file", help="a file with one prompt a line, - for stdin")
+    parser.add_argument("--chat", action="store_true", help="chat (as without prompts on a tty)")
     parser.add_argument("--raw", action="store_true", help="no chat template around the prompt")
+    parser.add_argument("--system", help="the system message")
     parser.add_argument("--max-tokens", type=int, default=256, help="most new tokens (256)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (1.0)")
     parser.add_argument("--top-p", type=float, default=0.95, help="nucleus mass (0.95)")
     parser.add_argument("--top-k", type=int, default=0, help="candidates kept, 0 for all (0)")
+    parser.add_argument("--min-p", type=float, default=0.0, help="least share of the likeliest (0)")
+    parser.add_argument("--stop", action="append", default=[], help="a text that ends the answer")
+    parser.add_argument("--thinking-budget", type=int, help="tokens after which thinking is closed")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
+    parser.add_argument("--max-length", type=int, help="most tokens of a chat (32768)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="override the weights'")
 
 
@@ -34,33 +42,135 @@ def run(args: argparse.Namespace) -> int:
     """Runs the subcommand.
 
     Raises:
-      PromptError: no prompt, or one that is too long.
+      RequestError: no prompt, one that is too long, or a sampling parameter out of its range.
     """
     texts = _prompts(args)
-    model = load(args.path, dtype=args.dtype)
+    params = _params(args)
     tokenizer = Tokenizer.load(args.path)
-    rendered = [t if args.raw else render_chat([{"role": "user", "content": t}]) for t in texts]
-    params = SamplingParams(
-        args.max_tokens, args.temperature, args.top_p, args.top_k, tokenizer.eos_id
-    )
-    tokens, lengths = pad_prompts([tokenizer.encode(t) for t in rendered])
-    start = time.perf_counter()
-    out = jax.device_get(generate(model, tokens, lengths, params, jax.random.key(args.seed)))
-    seconds = time.perf_counter() - start
-    for row, text in enumerate(texts):
-        ids = out.tokens[row, : out.length[row]].tolist()
-        if out.finished[row]:
-            ids = ids[:-1]  # the end token says nothing to a reader, the thinking marks do
-        print(f"--- {text}\n{tokenizer.decode(ids)}")
-    count = int(np.sum(out.length))
-    print(
-        f"{count} tokens in {seconds:.2f} s, compilation included ({count / seconds:.0f} tokens/s)",
-        file=sys.stderr,
-    )
+    model = load(args.path, dtype=args.dtype)
+    if texts is None:
+        length = args.max_length or CHAT_LENGTH
+        _chat(Engine(model, tokenizer, max_slots=1, max_length=length), params, args)
+        return 0
+    prompts = [tokenizer.encode(_rendered(text, args)) for text in texts]
+    longest = args.max_length or max(map(len, prompts)) + params.max_tokens
+    slots = min(len(prompts), SLOTS)
+    engine = Engine(model, tokenizer, max_slots=slots, max_length=longest, num_prefixes=slots)
+    _print_all(engine, texts, prompts, params)
     return 0
 
 
-def _prompts(args: argparse.Namespace) -> list[str]:
+class _Meter:
+    """Counts tokens and the time that they take, the first ones apart."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._first: float | None = None
+        self._count = self._after = 0
+
+    def watch(self, outputs: Iterable[Output]) -> Iterator[Output]:
+        """Passes outputs on."""
+        for output in outputs:
+            now = time.perf_counter()
+            if self._first is None:
+                self._first = now
+            else:
+                self._after += len(output.token_ids)
+            self._count += len(output.token_ids)
+            yield output
+
+    def __str__(self) -> str:
+        now = time.perf_counter()
+        first = (self._first or now) - self._start
+        rest = now - self._start - first
+        rate = f", then {self._after / rest:.0f} tokens/s" if self._after else ""
+        return f"{self._count} tokens, the first after {first:.2f} s{rate}; compilation included"
+
+
+def _print_all(
+    engine: Engine, texts: list[str], prompts: list[list[int]], params: SamplingParams
+) -> None:
+    """Runs all prompts; shows the first that is not done as it comes, the others after it."""
+    meter = _Meter()
+    names = [engine.add(prompt, params) for prompt in prompts]
+    pending, done = dict.fromkeys(names, ""), set()
+    print(f"--- {texts[0]}")
+    while pending:
+        for output in meter.watch(engine.step()):
+            pending[output.request_id] += output.text
+            if output.finish_reason is not None:
+                done.add(output.request_id)
+        while pending:
+            name = next(iter(pending))
+            print(pending[name], end="", flush=True)
+            pending[name] = ""
+            if name not in done:
+                break
+            del pending[name]
+            following = names.index(name) + 1
+            print(f"\n--- {texts[following]}" if pending else "", flush=True)
+    print(meter, file=sys.stderr)
+
+
+def _chat(engine: Engine, params: SamplingParams, args: argparse.Namespace) -> None:
+    """Turns until the end of the input; an interrupt ends the answer, not the chat."""
+    messages = _messages(args)
+    print("Say something; Ctrl-D leaves.", file=sys.stderr)
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        if not text.strip():
+            continue
+        messages.append({"role": "user", "content": text})
+        answer, meter = "", _Meter()
+        try:
+            for output in meter.watch(engine.stream(render_chat(messages), params)):
+                answer += output.text
+                print(output.text, end="", flush=True)
+            print()
+        except KeyboardInterrupt:
+            print(" …")
+        except RequestError as error:
+            print(f"{error}; the chat begins anew", file=sys.stderr)
+            messages = _messages(args)
+            continue
+        print(meter, file=sys.stderr)
+        # As the models were trained, earlier thinking is not shown to them again.
+        kept = split_thinking(answer)[1] if THINK_END in answer else answer
+        messages.append({"role": "assistant", "content": kept})
+
+
+def _messages(args: argparse.Namespace) -> list[dict[str, str]]:
+    return [{"role": "system", "content": args.system}] if args.system else []
+
+
+def _rendered(text: str, args: argparse.Namespace) -> str:
+    if args.raw:
+        return text
+    return render_chat([*_messages(args), {"role": "user", "content": text}])
+
+
+def _params(args: argparse.Namespace) -> SamplingParams:
+    try:
+        return SamplingParams(
+            args.max_tokens,
+            args.temperature,
+            args.top_p,
+            args.top_k,
+            min_p=args.min_p,
+            seed=args.seed,
+            stop=tuple(args.stop),
+            thinking_budget=args.thinking_budget,
+        )
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+
+
+def _prompts(args: argparse.Namespace) -> list[str] | None:
+    """The prompts; None for a chat."""
     texts = list(args.prompt or [])
     if args.prompts_file:
         if args.prompts_file == "-":
@@ -69,6 +179,10 @@ def _prompts(args: argparse.Namespace) -> list[str]:
             with open(args.prompts_file, encoding="utf-8") as file:
                 lines = file.read().splitlines()
         texts += [line for line in lines if line.strip()]
+    if args.chat or (not texts and not args.prompts_file and sys.stdin.isatty()):
+        if texts:
+            raise RequestError("--chat takes its prompts from the terminal; leave out the others")
+        return None
     if not texts:
-        raise PromptError("no prompt: give --prompt TEXT or --prompts-file FILE")
+        raise RequestError("no prompt: give --prompt TEXT, --prompts-file FILE or --chat")
     return texts

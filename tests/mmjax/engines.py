@@ -7,14 +7,14 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from mmjax import Engine
-from mmjax.tokenizer import EOS, Tokenizer
+from mmjax.tokenizer import BOS, EOS, Tokenizer
 from tests.mmjax.programs import random_model, small_config
 
-CFG = small_config(hidden_size=32, intermediate_size=32, vocab_size=257)
-# Four samples of up to 96 tokens would need 48 pages: there are 16.
+CFG = small_config(hidden_size=32, intermediate_size=32, vocab_size=258)
+# Four samples of up to 128 tokens would need 64 pages: there are 16.
 SIZES = {
     "max_slots": 4,
-    "max_length": 96,
+    "max_length": 128,
     "page_size": 8,
     "num_pages": 16,
     "prefill_chunk": 32,
@@ -29,12 +29,12 @@ def small_model():
 
 
 def byte_tokenizer():
-    """Id i is the i-th byte of the alphabet, 256 the end token."""
+    """Id i is the i-th byte of the alphabet, 256 the end token, 257 begins a turn."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([EOS])
+    backend.add_special_tokens([EOS, BOS])
     return Tokenizer(backend)
 
 

@@ -1,6 +1,7 @@
 """The engine: whatever runs beside a request, it gets what it gets alone."""
 
 import contextlib
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax import monitoring
 from mmjax import Engine, RequestError, SamplingParams
 from mmjax.engine import RepetitionHalt
 from tests.mmjax.engines import CFG, SIZES, prompt, small_engine, small_model
-from tests.mmjax.programs import forward, random_model, with_config
+from tests.mmjax.programs import forward, random_model
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, logprobs=0)
 
@@ -82,7 +83,7 @@ def scenario(rng):
         own = prompt(int(rng.choice([1, 2, 9, 16, 17, 31])), int(rng.integers(1000)))
         ids = shared[: int(rng.choice([16, 32, 60]))] * int(rng.random() < 0.4) + own
         params = SamplingParams(
-            max_tokens=int(rng.integers(1, min(64, 96 - len(ids)) + 1)),
+            max_tokens=int(rng.integers(1, min(64, 128 - len(ids)) + 1)),
             temperature=float(rng.choice([0.0, 0.7, 1.0])),
             top_p=float(rng.choice([1.0, 0.8])),
             top_k=int(rng.choice([0, 5])),
@@ -133,9 +134,9 @@ def test_any_company_changes_nothing(engine, model, seed):
 
 def full_logprobs(model, ids, temperature=1.0):
     """log-softmax of every position by one pass without a cache."""
-    tokens = np.zeros((1, 96), np.int32)
+    tokens = np.zeros((1, 128), np.int32)
     tokens[0, : len(ids)] = ids
-    real = (np.arange(96) < len(ids))[None].astype(np.int32)
+    real = (np.arange(128) < len(ids))[None].astype(np.int32)
     logits = forward(model, jnp.asarray(tokens), jnp.asarray(real)).logits[0]
     return np.asarray(jax.nn.log_softmax(logits / (temperature or 1.0)))
 
@@ -144,7 +145,7 @@ def full_logprobs(model, ids, temperature=1.0):
     ("length", "temperature"), [(1, 0.0), (7, 0.0), (33, 0.7), (64, 1.0), (80, 0.0)]
 )
 def test_tokens_are_those_of_full_passes(engine, model, length, temperature):
-    params = SamplingParams(max_tokens=12, temperature=temperature, seed=5, logprobs=1)
+    params = SamplingParams(12, temperature, seed=5, logprobs=1, ignore_eos=True)
     ids = prompt(length, length)
     (done,) = engine.generate([ids], params)
     logp = full_logprobs(model, ids + done.token_ids, temperature)
@@ -214,10 +215,11 @@ def test_stop_id_ends_its_sample_alone(engine):
             assert whole.token_ids == other.token_ids
 
 
-def test_end_token_of_the_model_and_ignoring_it(engine, model):
+def test_end_token_of_the_model_and_ignoring_it(engine, model, monkeypatch):
     (free,) = engine.generate([prompt(9)], GREEDY)
     eos = free.token_ids[3]
-    ending = Engine(with_config(model, eos_token_id=eos), **SIZES)
+    ending = Engine(model, **SIZES)
+    monkeypatch.setattr(ending, "cfg", dataclasses.replace(CFG, eos_token_id=eos))
     (done,) = ending.generate([prompt(9)], GREEDY)
     assert (done.token_ids[-1], done.finish_reason) == (eos, "stop")
     params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
@@ -293,10 +295,10 @@ def test_new_weights_take_over_unfinished_samples(engine, model):
     ("ids", "params", "message"),
     [
         ([], {}, "not empty"),
-        ([1, 257], {}, "token id 257 is not in the vocabulary of 257"),
+        ([1, 258], {}, "token id 258 is not in the vocabulary of 258"),
         ([-1], {}, "token id -1"),
         (np.array([1.5]), {}, "list of token ids"),
-        ([1] * 90, {"max_tokens": 7}, "90 tokens and max_tokens=7 exceed the engine's 96"),
+        ([1] * 125, {"max_tokens": 7}, "125 tokens and max_tokens=7 exceed the engine's 128"),
         ([1], {"n": 5000}, "n must be at most"),
     ],
 )

@@ -1,0 +1,84 @@
+"""`mmjax generate` on a small model folder."""
+
+import io
+
+import pytest
+
+import mmjax
+from mmjax import SamplingParams, cli
+from mmjax.chat import render_chat
+from tests.mmjax.engines import byte_tokenizer, small_engine, small_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "small"
+    mmjax.save(small_model(), path)
+    byte_tokenizer().save(path)
+    return str(path)
+
+
+@pytest.fixture
+def generate(folder, capsys, monkeypatch):
+    """Runs the command, on the engine that is compiled; its exit code, stdout and stderr."""
+    monkeypatch.setattr("mmjax.engine.cli.Engine", lambda *_, **__: small_engine())
+
+    def run(*argv, stdin=""):
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        code = cli.main(["generate", folder, "--temperature", "0", "--max-tokens", "8", *argv])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def reference(text, **changes):
+    """What a prompt is answered, alone."""
+    params = SamplingParams(**{"max_tokens": 8, "temperature": 0.0} | changes)
+    return small_engine().generate([text], params)[0].text
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def test_one_prompt(generate):
+    code, out, err = generate("--raw", "--prompt", "hello", "--stop", "never", "--min-p", "0.1")
+    assert (code, out) == (0, f"--- hello\n{reference('hello')}\n")
+    assert "8 tokens, the first after" in err
+
+
+def test_a_file_of_prompts(generate, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\n\ntwo and more\n")
+    code, out, _ = generate("--prompts-file", str(file), "--system", "be brief")
+    system = {"role": "system", "content": "be brief"}
+    answers = [
+        f"--- {text}\n{reference(render_chat([system, user(text)]))}\n"
+        for text in ("one", "two and more")
+    ]
+    assert (code, out) == (0, "".join(answers))
+
+
+def test_chat_remembers_its_turns(generate):
+    code, out, err = generate("--chat", stdin="hello\n\nagain\n")
+    first = reference(render_chat([user("hello")]))
+    messages = [user("hello"), {"role": "assistant", "content": first}, user("again")]
+    assert (code, out) == (0, f"> {first}\n> > {reference(render_chat(messages))}\n> ")
+    assert err.count("tokens, the first after") == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "no prompt: give --prompt TEXT, --prompts-file FILE or --chat"),
+        (["--prompt", "x", "--chat"], "--chat takes its prompts from the terminal"),
+        (["--prompt", "x", "--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
+        (["--prompt", "x" * 128], "exceed the engine's 128 tokens"),
+        (["--prompts-file", "/nowhere"], "No such file"),
+    ],
+)
+def test_user_errors(generate, argv, message):
+    code, _, err = generate(*argv)
+    assert code == 2
+    assert err.startswith("mmjax generate: error: ")
+    assert message in err
