@@ -54,7 +54,8 @@ class Engine:
         leaves if that is less.
       prefill_chunk: Most prompt tokens that are computed at once.
       prefix_block: First border at which prompts are cut and their prefixes kept; further ones
-        are at its doubles up to `prefill_chunk`, then at the multiples of that.
+        are at its doubles up to `prefill_chunk`, then at the multiples of that. None for an eighth
+        of `prefill_chunk`, or all of it where no prefix is kept.
       num_prefixes: Prefixes kept at most; each takes a lightning state and holds its pages until
         others need them.
 
@@ -75,7 +76,8 @@ class Engine:
         prefix_block: int | None = None,
         num_prefixes: int = 16,
     ) -> None:
-        prefix_block = max(prefill_chunk // 8, 16) if prefix_block is None else prefix_block
+        if prefix_block is None:
+            prefix_block = max(prefill_chunk // 8, 16) if num_prefixes else prefill_chunk
         _check_sizes(max_slots, page_size, prefill_chunk, prefix_block, num_prefixes)
         self.cfg, self.tokenizer = model.cfg, tokenizer
         self._mesh = _mesh_of(model)

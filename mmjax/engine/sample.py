@@ -55,7 +55,7 @@ class Schedule:
         """The lengths that chunks are padded to, ascending."""
         found, size = [self.largest], self.largest
         while size > 16:
-            size = max(size // (2 if size > self.first else 4), 16)
+            size = max(size // (2 if size > 64 else 4), 16)
             found.append(size)
         return found[::-1]
 
