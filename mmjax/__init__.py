@@ -5,6 +5,7 @@ from mmjax.config import ModelConfig
 from mmjax.convert import CheckpointError, load, save
 from mmjax.engine import Engine, RequestError, SamplingParams
 from mmjax.model import Decoder
+from mmjax.tokenizer import Tokenizer
 
 __all__ = [
     "CheckpointError",
@@ -14,6 +15,7 @@ __all__ = [
     "ModelConfig",
     "RequestError",
     "SamplingParams",
+    "Tokenizer",
     "load",
     "save",
 ]

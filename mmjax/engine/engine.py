@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from kernels_pallas import dispatch
 from mmjax.engine.memory import Memory
 from mmjax.engine.pages import Prefix
 from mmjax.engine.programs import BURST, compiled, idle_rows, pack_rows
@@ -33,6 +35,9 @@ UNROLLED_LAYERS = 48
 # of a CPU's, which says nothing about its own.
 KV_SHARE, CPU_KV_BYTES = 0.6, 1 << 30
 MAX_SAMPLES = 1024
+# Tokens that a decode program's page table holds, where that is less than all: on a GPU or TPU a
+# program reads as many of every row. On CPUs it reads what the longest row has.
+TABLE_TOKENS = (256, 1024, 8192)
 
 type Prompt = str | Sequence[int] | np.ndarray
 
@@ -101,6 +106,7 @@ class Engine:
                 table_width=max(width, -(-prefill_chunk // page_size)),
                 prefixes=num_prefixes,
             )
+            self._table_widths = _table_widths(self._memory.table.shape[1], page_size)
         self._waiting: list[Sample] = []
         self._running: list[Sample] = []
         self._seeds: dict[str, int] = {}
@@ -254,9 +260,8 @@ class Engine:
         with self._on_mesh():
             for size in self._schedule.sizes:
                 self._run_chunk(np.zeros(size, np.int32), 0, (-1, 0, 0))
-            for rows in self._widths:
-                table = np.zeros((rows, self._memory.table.shape[1]), np.int32)
-                self._run_burst(idle_rows(rows), table, 0, top=False)
+            for shape in itertools.product(self._widths, self._table_widths):
+                self._run_burst(idle_rows(shape[0]), np.zeros(shape, np.int32), 0, top=False)
             self._memory.warm_up()
 
     # One round.
@@ -359,14 +364,17 @@ class Engine:
         if not rows:
             return []
         width = next(width for width in self._widths if width >= len(rows))
-        packed, table = idle_rows(width), np.zeros((width, self._memory.table.shape[1]), np.int32)
+        longest = max(self._memory.pages_for(s.computed + steps) for s, steps in rows)
+        pages = next(pages for pages in self._table_widths if pages >= longest)
+        packed, table = idle_rows(width), np.zeros((width, pages), np.int32)
         packed[: len(rows)] = pack_rows(
             [
                 sample.row(steps, seed_words(self._seeds[sample.request.id], sample.index))
                 for sample, steps in rows
             ]
         )
-        table[: len(rows)] = self._memory.table[np.array([sample.slot for sample, _ in rows])]
+        slots = np.array([sample.slot for sample, _ in rows])
+        table[: len(rows)] = self._memory.table[slots, :pages]
         top = any(sample.request.params.logprobs for sample, _ in rows)
         burst = self._run_burst(packed, table, max(steps for _, steps in rows), top=top)
         return [self._accept(sample, row, burst) for row, (sample, _) in enumerate(rows)]
@@ -511,6 +519,14 @@ def _widths(slots: int) -> list[int]:
         widths.append(rows)
         rows *= 2
     return [*widths, slots]
+
+
+def _table_widths(most: int, page_size: int) -> list[int]:
+    """Pages of the tables of decode programs, ascending."""
+    if dispatch.target().platform == "cpu":
+        return [most]
+    widths = (-(-tokens // page_size) for tokens in TABLE_TOKENS)
+    return [*(width for width in widths if width < most), most]
 
 
 def _check_sizes(

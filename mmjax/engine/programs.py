@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kernels_pallas.numerics import einsum32
 from mmjax.cache import PagedCache
 from mmjax.config import LIGHTNING, SOFTMAX, ModelConfig
 from mmjax.engine.sampling import MAX_LOGPROBS, Draw, draw
@@ -240,10 +241,11 @@ def _decode(
     def step(s: _State) -> _State:
         slots = jnp.where(s.done, -1, rows.slot)
         cache = PagedCache(*s.pools, table, slots, rows.length + s.gained)
-        out = model(s.token[:, None], segment_ids=(~s.done)[:, None].astype(jnp.int32), cache=cache)
+        real = (~s.done)[:, None].astype(jnp.int32)
+        out = model(s.token[:, None], segment_ids=real, cache=cache, compute_logits=False)
+        logits = _last_logits(model, out.hidden)
         keys = jax.vmap(jax.random.fold_in)(seeds, (rows.drawn + s.gained).astype(jnp.uint32))
-        assert out.logits is not None
-        token, logp = draw(out.logits[:, 0], keys, how)
+        token, logp = draw(logits, keys, how)
         forced = jnp.take_along_axis(
             rows.forced_ids, jnp.minimum(s.gained, FORCED - 1)[:, None], axis=1
         )
@@ -286,6 +288,17 @@ def _decode(
     bits = jax.lax.bitcast_convert_type(end.logprobs, jnp.int32)
     words = jnp.concatenate([end.gained[None], end.run[None], end.tokens, bits]).T
     return end.pools._pinned(), Burst(words, end.top_ids, end.top_logprobs)
+
+
+def _last_logits(model: Decoder, hidden: jax.Array) -> jax.Array:
+    """The head's float32 logits [B, vocab] of hidden [B, 1, D].
+
+    bfloat16 hidden times bfloat16 kernel with float32 sums is the float32 product, since a product
+    of two such numbers is exact in float32; but the kernel is read once instead of written out.
+    """
+    if model.head is None or not hidden.dtype == model.head.kernel.dtype == jnp.bfloat16:
+        return model.logits(hidden)[:, 0]
+    return einsum32("bd,dv->bv", hidden[:, 0], model.head.kernel[...], hidden.dtype)
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -19,12 +19,10 @@ from kernels_pallas import dispatch
 from kernels_pallas.numerics import einsum32
 
 # Tokens of a row that are read at a time: what stays in a CPU's caches; elsewhere enough to keep
-# the memory busy.
-CPU_SPAN, MIN_SPAN, MAX_SPAN = 256, 1024, 4096
-# Tokens of all rows together in one span, which bounds the memory of gathered pages.
-SPAN_TOKENS = 1 << 18
+# the memory busy, and for one query as many as there are, up to SPAN_TOKENS of all rows together.
+CPU_SPAN, SPAN, SPAN_TOKENS = 256, 4096, 1 << 18
 # Queries of a row whose scores are held at a time.
-QUERY_BLOCK = 512
+CPU_QUERY_BLOCK, QUERY_BLOCK = 512, 1024
 _MASKED = -1e30
 
 # Keys and values [B, n, G, page size, K] of the n pages of span j.
@@ -88,23 +86,23 @@ def paged_attention(
         k, v = (pool[layer, pages].astype(q.dtype) for pool in (keys, values))
         return k, v
 
-    attend = partial(_attend, read=read, span=count * size)
-    out = attend(grouped, place) if length <= QUERY_BLOCK else _in_blocks(attend, grouped, place)
+    attend = partial(_attend, read=read, span=count * size, only=count == table.shape[1])
+    block = CPU_QUERY_BLOCK if _on_cpu(q) else QUERY_BLOCK
+    out = attend(grouped, place) if length <= block else _in_blocks(attend, grouped, place, block)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
 
 
 def _pages_of_a_span(q: jax.Array, size: int, most: int) -> int:
-    if dispatch.target(q).platform == "cpu":
-        span = CPU_SPAN
-    elif q.shape[1] > 1:
-        span = MIN_SPAN
-    else:
-        span = min(max(MIN_SPAN, SPAN_TOKENS // q.shape[0]), MAX_SPAN)
-    return min(max(span // size, 1), most)
+    span = SPAN if q.shape[1] > 1 else SPAN_TOKENS // q.shape[0]
+    return min(max((CPU_SPAN if _on_cpu(q) else span) // size, 1), most)
 
 
-def _attend(q: jax.Array, place: jax.Array, *, read: _Read, span: int) -> jax.Array:
-    """Attention of queries [B, G, R, T, K] at place [B, T], -1 for padding; in float32."""
+def _attend(q: jax.Array, place: jax.Array, *, read: _Read, span: int, only: bool) -> jax.Array:
+    """Attention of queries [B, G, R, T, K] at place [B, T], -1 for padding; in float32.
+
+    Spans are looped over, but for an `only` one: a loop whose length is not known has GPUs wait
+    for the host.
+    """
     scale = q.shape[-1] ** -0.5
 
     def step(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -125,8 +123,11 @@ def _attend(q: jax.Array, place: jax.Array, *, read: _Read, span: int) -> jax.Ar
         jnp.zeros(rows, jnp.float32),
         jnp.zeros(q.shape, jnp.float32),
     )
-    spans = (jnp.max(place) + span) // span
-    _, total, acc = jax.lax.fori_loop(0, spans, step, start)
+    if only:
+        _, total, acc = step(jnp.zeros((), jnp.int32), start)
+    else:
+        spans = (jnp.max(place) + span) // span
+        _, total, acc = jax.lax.fori_loop(0, spans, step, start)
     return acc / jnp.where(total > 0, total, 1)[..., None]
 
 
@@ -158,13 +159,17 @@ def _together(x: jax.Array) -> jax.Array:
     return x.swapaxes(1, 2).reshape(batch, groups, pages * size, dim)
 
 
-def _in_blocks(attend: _Attend, q: jax.Array, place: jax.Array) -> jax.Array:
+def _on_cpu(x: jax.Array) -> bool:
+    return dispatch.target(x).platform == "cpu"
+
+
+def _in_blocks(attend: _Attend, q: jax.Array, place: jax.Array, block: int) -> jax.Array:
     """`attend` on one block of queries after another."""
     length = q.shape[3]
-    pad = -length % QUERY_BLOCK
+    pad = -length % block
     q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, pad), (0, 0)))
     place = jnp.pad(place, ((0, 0), (0, pad)), constant_values=-1)
-    blocks = q.reshape(*q.shape[:3], -1, QUERY_BLOCK, q.shape[-1])
-    places = place.reshape(place.shape[0], -1, QUERY_BLOCK)
+    blocks = q.reshape(*q.shape[:3], -1, block, q.shape[-1])
+    places = place.reshape(place.shape[0], -1, block)
     out = jax.lax.map(lambda x: attend(*x), (jnp.moveaxis(blocks, 3, 0), places.swapaxes(0, 1)))
     return jnp.moveaxis(out, 0, 3).reshape(q.shape)[:, :, :, :length]

@@ -7,6 +7,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from mmjax import Engine
+from mmjax.layers import paged
 from mmjax.tokenizer import BOS, EOS, Tokenizer
 from tests.mmjax.programs import random_model, small_config
 
@@ -21,6 +22,10 @@ SIZES = {
     "prefix_block": 16,
     "num_prefixes": 6,
 }
+
+
+# A row of 128 tokens takes four spans, a chunk of 32 two blocks of queries.
+paged.CPU_SPAN, paged.CPU_QUERY_BLOCK = 32, 16
 
 
 @functools.cache
