@@ -14,7 +14,7 @@ from mmjax.engine import RepetitionHalt
 from tests.mmjax.engines import CFG, SIZES, prompt, small_engine, small_model
 from tests.mmjax.programs import forward, random_model
 
-GREEDY = SamplingParams(max_tokens=12, temperature=0.0, logprobs=0)
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0, logprobs=0, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +220,7 @@ def test_end_token_of_the_model_and_ignoring_it(engine, model, monkeypatch):
     eos = free.token_ids[3]
     ending = Engine(model, **SIZES)
     monkeypatch.setattr(ending, "cfg", dataclasses.replace(CFG, eos_token_id=eos))
-    (done,) = ending.generate([prompt(9)], GREEDY)
+    (done,) = ending.generate([prompt(9)], SamplingParams(max_tokens=12, temperature=0.0))
     assert (done.token_ids[-1], done.finish_reason) == (eos, "stop")
     params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
     assert ending.generate([prompt(9)], params)[0].token_ids == free.token_ids
@@ -229,7 +229,8 @@ def test_end_token_of_the_model_and_ignoring_it(engine, model, monkeypatch):
 def test_repetition_halts(engine):
     """Every token is likelier than a millionth, so the fifth one is the last."""
     halt = RepetitionHalt(tokens=5, probability=1e-6)
-    (done,) = engine.generate([prompt(9)], SamplingParams(max_tokens=40, repetition_halt=halt))
+    params = SamplingParams(max_tokens=40, seed=1, ignore_eos=True, repetition_halt=halt)
+    (done,) = engine.generate([prompt(9)], params)
     assert (len(done.token_ids), done.finish_reason) == (5, "repetition")
 
 
@@ -250,7 +251,8 @@ def test_likely_tokens_are_counted_over_bursts(engine):
 
 
 def test_cancelling(engine):
-    engine.add(prompt(20), SamplingParams(max_tokens=70, n=6), request_id="gone")
+    params = SamplingParams(max_tokens=70, seed=1, n=6, ignore_eos=True)
+    engine.add(prompt(20), params, request_id="gone")
     kept = engine.add(prompt(9), GREEDY)
     outputs = engine.step()
     assert engine.stats().running
@@ -269,7 +271,7 @@ def test_cancelling(engine):
 def test_new_weights_take_over_unfinished_samples(engine, model):
     """Tokens drawn before the update stay, and those after it are the new model's."""
     other = random_model(CFG, seed=1)
-    params = SamplingParams(max_tokens=40, temperature=0.0)
+    params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
     engine.update(model)
     name = engine.add(prompt(40), params)
     outputs = []
