@@ -1,9 +1,11 @@
-"""M1's chat template, and the split between thinking and answer."""
+"""M1's chat template, and what a reply is made of: thinking, text, tool calls."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from mmjax.tokenizer import BOS, EOS
 
@@ -13,23 +15,57 @@ _HEADERS = {
     "system": "system ai_setting=assistant",
     "user": "user name=user",
     "assistant": "ai name=assistant",
+    "tool": "tool name=tools",
 }
+_CALLS_START = "<tool_calls>"
+_CALLS_END = "</tool_calls>"
+_IN_STRING = re.compile(r'["\\]')
+_OUTSIDE = re.compile(r'["{}]')
+_TOOLS_BEFORE = "You are provided with these tools:\n<tools>\n"
+_TOOLS_AFTER = (
+    "</tools>\n\nIf you need to call tools, please respond with <tool_calls></tool_calls> XML "
+    "tags, and provide tool-name and json-object of arguments, following the format below:\n"
+    '<tool_calls>\n{"name": <tool-name-1>, "arguments": <args-json-object-1>}\n...\n</tool_calls>'
+)
 
 
-def render_chat(messages: Sequence[Mapping[str, Any]], *, reply: bool = True) -> str:
+def render_chat(
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    reply: bool = True,
+    document_start: str = "",
+) -> str:
     """Messages as the models were trained to see them.
 
+    As in the released template, all system messages come first, as one turn, and the tools after
+    them. The template leaves two things to its caller: an assistant's "tool_calls" are written as
+    the model itself writes them, and results that follow one another share one turn.
+
     Args:
-      messages: Each with a "role" (system, user, assistant) and "content": a string, or a list
-        of {"type": "text", "text": ...} items.
+      messages: Each with a "role" (system, user, assistant, tool) and "content": a string, or a
+        list of {"type": "text", "text": ...} items. An assistant's may hold "tool_calls" in
+        OpenAI's form, with or without content; a tool's names its tool by "name", in the message
+        or in the item, or by the "tool_call_id" of an earlier call.
+      tools: {"name", "description", "parameters"} of each function that the model may call.
       reply: End with the header of the assistant's turn.
+      document_start: What a prompt starts with: `Tokenizer.document_start`.
 
     Raises:
-      ValueError: an unknown role or kind of content.
+      ValueError: an unknown role or kind of content, or a result without its tool's name.
 
-    Source: the chat template released with MiniMax-M1.
+    Source: the chat template released with MiniMax-M1, and its function call guide.
     """
-    turns = [f"{BOS}{_header(m)}\n{_text(m)}{EOS}\n" for m in messages]
+    turns = [document_start]
+    system = "".join(_text(m) for m in messages if _role(m) == "system")
+    if system:
+        turns.append(_turn("system", system))
+    if tools:
+        described = "".join(f"{_json(tool)}\n" for tool in tools)
+        turns.append(
+            f"{BOS}system tool_setting=tools\n{_TOOLS_BEFORE}{described}{_TOOLS_AFTER}{EOS}\n"
+        )
+    turns += _conversation([m for m in messages if _role(m) != "system"])
     return "".join(turns) + (f"{BOS}{_HEADERS['assistant']}\n" if reply else "")
 
 
@@ -41,11 +77,60 @@ def split_thinking(text: str) -> tuple[str | None, str]:
     return thinking.removeprefix(THINK_START).strip(), answer.strip()
 
 
-def _header(message: Mapping[str, Any]) -> str:
+def _conversation(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    names: dict[str, str] = {}  # of the tools called so far, by the call's id
+    results = ""
+    for message in messages:
+        if message["role"] == "tool":
+            results += _results(message, names)
+            continue
+        if results:
+            yield _turn("tool", results)
+            results = ""
+        calls = message.get("tool_calls") or ()
+        names |= {call["id"]: call["function"]["name"] for call in calls}
+        text = _text(message) if message.get("content") is not None or not calls else ""
+        yield _turn(message["role"], text + _called(calls, text))
+    if results:
+        yield _turn("tool", results)
+
+
+def _turn(role: str, text: str) -> str:
+    return f"{BOS}{_HEADERS[role]}\n{text}{EOS}\n"
+
+
+def _called(calls: Sequence[Mapping[str, Any]], text: str) -> str:
+    """Calls in OpenAI's form, whose arguments are a JSON text, as the model writes them."""
+    if not calls:
+        return ""
+    functions = [call["function"] for call in calls]
+    lines = [f'{{"name": {_json(f["name"])}, "arguments": {f["arguments"]}}}\n' for f in functions]
+    return f"{'\n' if text else ''}{_CALLS_START}\n{''.join(lines)}{_CALLS_END}"
+
+
+def _results(message: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    content = message.get("content")
+    items = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    call = message.get("tool_call_id")
+    known = message.get("name") or names.get(str(call))
+    text = ""
+    for item in items:
+        result = _text({"content": [item]})
+        name = item.get("name") or known
+        if not name:
+            raise ValueError(
+                f"the tool of a result is unknown: tool_call_id {call!r} is no earlier call's; "
+                'give the message a "name"'
+            )
+        text += f"tool name: {name}\ntool result: {result}\n\n"
+    return text
+
+
+def _role(message: Mapping[str, Any]) -> str:
     role = message.get("role")
     if role not in _HEADERS:
         raise ValueError(f"unknown chat role {role!r}; known: {', '.join(_HEADERS)}")
-    return _HEADERS[role]
+    return str(role)
 
 
 def _text(message: Mapping[str, Any]) -> str:
@@ -63,3 +148,181 @@ def _is_text(item: Any) -> bool:
         and item.get("type") == "text"
         and isinstance(item.get("text"), str)
     )
+
+
+def _json(value: Any) -> str:
+    """JSON as the released template's `tojson` writes it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+class Piece(NamedTuple):
+    """Part of a reply: some thinking, some text, or one whole tool call.
+
+    text is, for a call, its arguments: a JSON object. name is the tool's, for a call only.
+    """
+
+    kind: Literal["thinking", "text", "tool_call"]
+    text: str
+    name: str = ""
+
+
+class ReplyParser:
+    """Takes a reply apart while it is being written.
+
+    `<think>…</think>` at its start is thinking; each `{"name": …, "arguments": {…}}` between
+    `<tool_calls>` and `</tool_calls>` is a call; everything else is text, and so is whatever
+    between these marks is not a call. White space beside the marks is dropped. How the reply is
+    cut into feeds does not change what all pieces of a kind add up to.
+
+    Args:
+      tools: Whether to look for calls; without, they are text.
+    """
+
+    def __init__(self, *, tools: bool) -> None:
+        self._tools = tools
+        self._buffer = ""
+        self._state: Callable[[bool], Iterator[Piece]] = self._start
+        self._skipped = ""  # the opening mark and space, which become text if no call follows
+        self._scan = _ObjectEnd()
+
+    def feed(self, text: str) -> list[Piece]:
+        """The pieces that more text settles."""
+        self._buffer += text
+        return list(self._settle(False))
+
+    def finish(self) -> list[Piece]:
+        """The pieces that were held back for text that did not come."""
+        return list(self._settle(True))
+
+    def _settle(self, last: bool) -> Iterator[Piece]:
+        state = None
+        while state != self._state:
+            state = self._state
+            yield from state(last)
+
+    def _take(self, count: int) -> str:
+        if not count:
+            return ""
+        taken, self._buffer = self._buffer[:count], self._buffer[count:]
+        return taken
+
+    def _start(self, last: bool) -> Iterator[Piece]:
+        mark, text = THINK_START.strip(), self._buffer.lstrip()
+        if text.startswith(mark):
+            self._buffer = text.removeprefix(mark)
+            self._state = self._before_thinking
+        elif last or not mark.startswith(text):
+            self._state = self._text
+        yield from ()
+
+    def _before_thinking(self, last: bool) -> Iterator[Piece]:
+        self._buffer = self._buffer.lstrip()
+        if self._buffer:
+            self._state = self._thinking
+        yield from ()
+
+    def _thinking(self, last: bool) -> Iterator[Piece]:
+        before, found, after = self._buffer.partition(THINK_END)
+        if found:
+            if before.strip():
+                yield Piece("thinking", before.rstrip())
+            self._buffer, self._state = after, self._after_mark
+        elif ready := self._take(_settled(before, THINK_END, last)):
+            yield Piece("thinking", ready)
+
+    def _after_mark(self, last: bool) -> Iterator[Piece]:
+        self._buffer = self._buffer.lstrip()
+        if self._buffer:
+            self._state = self._text
+        yield from ()
+
+    def _text(self, last: bool) -> Iterator[Piece]:
+        if not self._tools:
+            last, before, found = True, self._buffer, ""
+        else:
+            before, found, _ = self._buffer.partition(_CALLS_START)
+        if found:
+            if before.strip():
+                yield Piece("text", before.rstrip())
+            self._take(len(before) + len(found))
+            self._skipped = before[len(before.rstrip()) :] + found
+            self._state, self._scan = self._calls, _ObjectEnd()
+        elif ready := self._take(_settled(before, _CALLS_START, last)):
+            yield Piece("text", ready)
+
+    def _calls(self, last: bool) -> Iterator[Piece]:
+        """Calls between the marks; at the first thing that is none, the rest is text."""
+        while not self._calls_end():
+            text = self._buffer
+            end = self._scan.find(text) if text.startswith("{") else 0
+            call = _parse_call(text[:end]) if end else None
+            if call is not None:
+                yield call
+                self._take(end)
+                self._skipped, self._scan = "", _ObjectEnd()
+                continue
+            if not last and not end and (text.startswith("{") or _CALLS_END.startswith(text)):
+                return  # it may still become a call, or the end
+            if (self._skipped + text).strip():
+                yield Piece("text", self._skipped + self._take(1))
+            self._state = self._text
+            return
+
+    def _calls_end(self) -> bool:
+        """Goes past the closing mark, if it is next and follows at least one call."""
+        text = self._buffer.lstrip()
+        self._skipped += self._take(len(self._buffer) - len(text))
+        if self._skipped.strip() or not text.startswith(_CALLS_END):
+            return False
+        self._buffer, self._state = text.removeprefix(_CALLS_END), self._after_mark
+        return True
+
+
+class _ObjectEnd:
+    """Finds the brace that closes a JSON object, reading each character of it once."""
+
+    def __init__(self) -> None:
+        self._at = self._depth = 0
+        self._quoted = False
+
+    def find(self, text: str) -> int:
+        """The place after that brace; 0 if it is yet to come. Text may only have grown."""
+        while found := (_IN_STRING if self._quoted else _OUTSIDE).search(text, self._at):
+            mark = found.group()
+            if mark == "\\" and found.end() == len(text):
+                break  # what is escaped is yet to come
+            self._at = found.end() + (mark == "\\")
+            if mark == '"':
+                self._quoted = not self._quoted
+            elif mark != "\\":
+                self._depth += 1 if mark == "{" else -1
+                if self._depth == 0:
+                    return self._at
+        else:
+            self._at = len(text)
+        return 0
+
+
+def _settled(text: str, mark: str, last: bool) -> int:
+    """How many characters cannot belong to a mark that is being written, nor to space before it."""
+    if last:
+        return len(text)
+    begun = next((n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)
+    return len(text[: len(text) - begun].rstrip())
+
+
+def _parse_call(text: str) -> Piece | None:
+    """A call in the model's form; None if it is not one."""
+    try:
+        call = json.loads(text, parse_constant=_refuse)
+        arguments = _json(call.get("arguments", {}))
+        arguments.encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError):
+        return None
+    name = call.get("name")
+    known = set(call) <= {"name", "arguments"} and isinstance(name, str) and name.isprintable()
+    return Piece("tool_call", arguments, name) if known and name and arguments[0] == "{" else None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import SupportsInt
 
 import tokenizers
+from tokenizers import decoders
 
 BOS = "<beginning_of_sentence>"
 EOS = "<end_of_sentence>"
+_DOCUMENT_START = "<begin_of_document>"
 
 
 class TokenizerError(ValueError):
@@ -66,6 +68,12 @@ class Tokenizer:
         """Number of ids, added tokens included."""
         return int(self.backend.get_vocab_size(with_added_tokens=True))
 
+    @property
+    def document_start(self) -> str:
+        """What a prompt starts with: M1's `<begin_of_document>`, where the vocabulary has it."""
+        known = self.backend.token_to_id(_DOCUMENT_START) is not None
+        return _DOCUMENT_START if known else ""
+
     def encode(self, text: str) -> list[int]:
         """Ids of the text; special tokens in it become their ids, none is added."""
         return list(self.backend.encode(text, add_special_tokens=False).ids)
@@ -75,6 +83,35 @@ class Tokenizer:
         return str(
             self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
         )
+
+    def token_bytes(self, token: SupportsInt) -> bytes:
+        """What one id stands for; with byte-level BPE that may be half a character.
+
+        An id beyond the vocabulary stands for nothing.
+        """
+        text = self.backend.id_to_token(int(token))
+        if text is None:
+            return b""
+        if not isinstance(self.backend.decoder, decoders.ByteLevel):
+            return self.decode([token]).encode()
+        try:
+            return bytes(_BYTES[character] for character in text)
+        except KeyError:  # an added token is written as it is
+            return text.encode()
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The byte behind each character of a byte-level vocabulary, which has no control characters.
+
+    Source: GPT-2's `bytes_to_unicode`.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    shifted = {chr(256 + n): byte for n, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | shifted
+
+
+_BYTES = _byte_level_alphabet()
 
 
 def _eos_token(folder: Path) -> str:
