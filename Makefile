@@ -48,7 +48,7 @@ clean: ## Remove .venv, build output and caches (runs/ stays)
 	echo "Install one, or name it: make PYTHONS=/path/to/python3.12 $(MAKECMDGOALS)" >&2; \
 	exit 1
 	$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check \
-	  -c constraints.txt -e '.[train,test,dev]'
+	  -c constraints.txt -e '.[serve,train,test,dev]'
 	@# Compiles for TPUs in tests/tpu_aot. Apart, because JAX would take any process that can import
 	@# it for one on a TPU; it exists for x86-64 Linux alone.
 	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then \

@@ -1,4 +1,4 @@
-"""The command line: `mmjax convert`, `mmjax generate`, `mmjax plan`."""
+"""The command line: `mmjax convert`, `mmjax generate`, `mmjax serve`, `mmjax plan`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -61,7 +62,7 @@ def _parser(command: list[str]) -> argparse.ArgumentParser:
     """The parser; the arguments of a heavy command are added only where it is the one called."""
     parser = argparse.ArgumentParser(
         prog="mmjax",
-        description="MiniMax-01 / M1 models in JAX: checkpoints, generation, planning.",
+        description="MiniMax-01 / M1 models in JAX: checkpoints, generation, serving, planning.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_convert(
@@ -73,6 +74,11 @@ def _parser(command: list[str]) -> argparse.ArgumentParser:
 
         engine_cli.add_arguments(generate)
         generate.set_defaults(run=engine_cli.run)
+    serve = commands.add_parser("serve", help="serve a model folder over HTTP, as OpenAI's API")
+    if command == ["serve"]:
+        serve_cli = _import_serve(parser)
+        serve_cli.add_arguments(serve)
+        serve.set_defaults(run=serve_cli.run)
     plan = commands.add_parser("plan", help="what a job needs and costs on chips not yet rented")
     if command == ["plan"]:
         from mmjax.plan import cli as plan_cli
@@ -80,6 +86,14 @@ def _parser(command: list[str]) -> argparse.ArgumentParser:
         plan_cli.add_arguments(plan)
         plan.set_defaults(run=plan_cli.run)
     return parser
+
+
+def _import_serve(parser: argparse.ArgumentParser) -> ModuleType:
+    try:
+        from mmjax.serve import cli as serve_cli
+    except ModuleNotFoundError as error:
+        parser.error(f"serve needs {error.name}: pip install 'mmjax[serve]'")
+    return serve_cli
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
