@@ -21,7 +21,7 @@ from mmjax.engine.results import Completion, EngineStats, Output, RequestError, 
 from mmjax.engine.sample import Request, Sample, Schedule, seed_words
 from mmjax.engine.sampling import SamplingParams
 from mmjax.model import Decoder
-from mmjax.sharding import param_shardings
+from mmjax.sharding import SERVING_RULES, param_shardings
 from mmjax.tokenizer import Tokenizer
 
 # Rows of the narrowest decode program: XLA's products on CPUs sum in another order for fewer rows,
@@ -565,11 +565,11 @@ def _unstacker(model: Decoder, mesh: Mesh | None) -> Any:
         return nnx.state(nnx.merge(structure, state).unstacked())
 
     if model.cfg.num_layers > UNROLLED_LAYERS:
-        where = None if mesh is None else param_shardings(nnx.state(model), mesh)
+        where = None if mesh is None else param_shardings(nnx.state(model), mesh, SERVING_RULES)
         return lambda state: (structure, state if where is None else jax.device_put(state, where))
     abstract = nnx.eval_shape(lambda s: nnx.merge(structure, s).unstacked(), nnx.state(model))
     flat, shapes = nnx.split(abstract)
-    where = None if mesh is None else param_shardings(shapes, mesh)
+    where = None if mesh is None else param_shardings(shapes, mesh, SERVING_RULES)
     stacked = None if mesh is None else param_shardings(nnx.state(model), mesh)
     compiled = jax.jit(cut, out_shardings=where)
 

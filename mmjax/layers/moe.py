@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,14 +12,12 @@ from kernels_pallas.numerics import einsum32
 from mmjax.config import ModelConfig
 from mmjax.layers import weights
 from mmjax.layers.experts import Weights, apply_experts
-from mmjax.layers.router import RouterStats, Routing, expert_capacity, route
+from mmjax.layers.router import RouterStats, expert_capacity, route
 from mmjax.parallel.experts import FSDP_AXES, apply_sharded_experts
 from mmjax.sharding import active_mesh
 
 # Tokens that visit the experts together on a CPU: their rows stay in its caches.
 CPU_TOKENS = 2048
-# Up to this many tokens of a decode step visit every expert on a CPU.
-DECODE_TOKENS = 64
 
 
 class MoE(nnx.Module):
@@ -97,25 +93,8 @@ class MoE(nnx.Module):
         if skip:
             expert = jnp.where(real.reshape(-1, 1), routing.expert, self.w1.shape[0])
             routing = routing._replace(expert=expert)
-            if dispatch.target(x).platform == "cpu" and real.size <= DECODE_TOKENS:
-                return self._by_expert(x, routing), stats
         tokens = x.reshape(-1, x.shape[-1])
         return self._in_cache(tokens, routing.share, routing.expert).reshape(x.shape), stats
-
-    def _by_expert(self, x: jax.Array, routing: Routing) -> jax.Array:
-        """Every expert on every token, each matrix where and as it lies.
-
-        In one product over all experts XLA lays w1 and w3 out anew on CPUs, at every step.
-        """
-        w1, w3, w2 = (w.astype(x.dtype) for w in self._kernels())
-        tokens = x.reshape(-1, x.shape[-1])
-        chosen = jax.nn.one_hot(routing.expert, w1.shape[0], dtype=x.dtype)  # [N, k, E]
-        share = (routing.share[:, :, None] * chosen).sum(1).T  # [E, N]
-        each = jnp.broadcast_to(tokens[None], (w1.shape[0], *tokens.shape))
-        up = partial(einsum32, "end,edf->enf", dtype=x.dtype)
-        hidden = (jax.nn.silu(up(each, w1)) * up(each, w3) * share[:, :, None]).astype(x.dtype)
-        out = einsum32("enf,efd->end", hidden, w2, x.dtype).sum(0)
-        return out.astype(x.dtype).reshape(x.shape)
 
     def _in_cache(self, tokens: jax.Array, share: jax.Array, expert: jax.Array) -> jax.Array:
         """`apply_experts`, on CPUs over runs of tokens short enough for caches to hold them."""
