@@ -90,8 +90,8 @@ class Engine:
         self._slots, self._widths = max_slots, _widths(max_slots)
         with self._on_mesh():
             self._unstack = _unstacker(model, self._mesh)
-            graphdef, self._params = self._unstack(nnx.state(model))
-            self._leaves, treedef = jax.tree.flatten(self._params)
+            graphdef, params = self._unstack(nnx.state(model))
+            self._leaves, treedef = jax.tree.flatten(params)
             self._programs = compiled(graphdef, treedef)
             longest = min(max_length or 32768, self.cfg.max_position_embeddings)
             width = -(-longest // page_size)
@@ -205,15 +205,15 @@ class Engine:
             params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
         )
         done: dict[tuple[str, int], Completion] = {}
-        names: list[str] = []
+        names: set[str] = set()
         try:
             for prompt, how in zip(prompts, each, strict=True):
-                names.append(self.add(prompt, how))
-                done |= {(names[-1], i): Completion(names[-1], i) for i in range(how.n)}
-            while any(name in self._samples for name in names):
-                for output in self.step():
-                    if (output.request_id, output.index) in done:
-                        done[output.request_id, output.index].extend(output)
+                name = self.add(prompt, how)
+                names.add(name)
+                done |= {(name, i): Completion(name, i) for i in range(how.n)}
+            while not names.isdisjoint(self._samples):
+                for output in self._step_for(names):
+                    done[output.request_id, output.index].extend(output)
         except BaseException:
             for name in names:
                 self.cancel(name)
@@ -229,9 +229,16 @@ class Engine:
         name = self.add(prompt, params)
         try:
             while name in self._samples:
-                yield from (output for output in self.step() if output.request_id == name)
+                yield from self._step_for({name})
         finally:
-            self.cancel(name)
+            if self.cancel(name):
+                self._ended = [output for output in self._ended if output.request_id != name]
+
+    def _step_for(self, names: set[str]) -> list[Output]:
+        """A round of work; what others gained in it waits for the next `step`."""
+        outputs = self.step()
+        self._ended += [output for output in outputs if output.request_id not in names]
+        return [output for output in outputs if output.request_id in names]
 
     # Weights.
 
@@ -245,9 +252,9 @@ class Engine:
           model: A decoder, or the state of its parameters.
         """
         state = nnx.state(model) if isinstance(model, Decoder) else model
+        self._leaves = []  # Not held beside the new ones.
         with self._on_mesh():
-            _, self._params = self._unstack(state)
-        self._leaves = jax.tree.leaves(self._params)
+            self._leaves = jax.tree.leaves(self._unstack(state)[1])
         self._memory.prefixes.clear()
         for sample in [*self._running, *self._waiting]:
             self._memory.release(sample)

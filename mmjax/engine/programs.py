@@ -244,8 +244,7 @@ def _decode(
         real = (~s.done)[:, None].astype(jnp.int32)
         out = model(s.token[:, None], segment_ids=real, cache=cache, compute_logits=False)
         logits = _last_logits(model, out.hidden)
-        keys = jax.vmap(jax.random.fold_in)(seeds, (rows.drawn + s.gained).astype(jnp.uint32))
-        token, logp = draw(logits, keys, how)
+        token, logp = draw(logits, seeds, rows.drawn + s.gained, how)
         forced = jnp.take_along_axis(
             rows.forced_ids, jnp.minimum(s.gained, FORCED - 1)[:, None], axis=1
         )

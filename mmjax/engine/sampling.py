@@ -135,7 +135,7 @@ def _all_rows(params: SamplingParams, rows: int) -> Draw:
 
 
 def draw(
-    logits: Float32[Array, "B vocab"], keys: jax.Array, how: Draw
+    logits: Float32[Array, "B vocab"], seeds: jax.Array, drawn: Int32[Array, " B"], how: Draw
 ) -> tuple[Int32[Array, " B"], Float32[Array, "B vocab"]]:
     """Draws one token a row, each row by parameters of its own.
 
@@ -143,7 +143,8 @@ def draw(
 
     Args:
       logits: [B, vocab] float32.
-      keys: One PRNG key a row [B].
+      seeds: One PRNG key a row [B].
+      drawn: Tokens that the row has drawn before [B], to be folded into its key.
       how: How to draw.
 
     Returns:
@@ -155,6 +156,7 @@ def draw(
 
     def random() -> jax.Array:
         kept = jax.lax.cond(jnp.any(filters), lambda: _filtered(logp, how), lambda: logp)
+        keys = jax.vmap(jax.random.fold_in)(seeds, drawn.astype(jnp.uint32))
         return jnp.where(greedy[:, None], logp, kept + _noise(keys, logp.shape[1]))
 
     scores = jax.lax.cond(jnp.all(greedy), lambda: logp, random)

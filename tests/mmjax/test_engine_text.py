@@ -93,9 +93,20 @@ def test_streamed_text_is_the_text(engine):
 def test_leaving_a_stream_frees_its_slot(engine):
     for _ in engine.stream("hello", SamplingParams(max_tokens=60)):
         break
-    engine.step()
     assert not engine.has_work
     assert engine.stats().running == 0
+
+
+def test_outputs_of_others_wait_for_their_reader(engine):
+    params = SamplingParams(max_tokens=20, seed=1, ignore_eos=True)
+    name = engine.add("hello", params)
+    (other,) = engine.generate(["other"], params)
+    outputs = [*engine.step()]
+    while engine.has_work:
+        outputs += engine.step()
+    assert {out.request_id for out in outputs} == {name}
+    assert "".join(out.text for out in outputs) == engine.generate(["hello"], params)[0].text
+    assert len(other.token_ids) == 20
 
 
 def test_stop_string_ends_a_sample(engine):
