@@ -158,6 +158,24 @@ DEFAULT_RULES = ShardingRules()
 SERVING_RULES = ShardingRules(d_model=())
 
 
+def parse_mesh(text: str) -> dict[str, int]:
+    """The sizes in "data=16,expert=32", for `make_mesh`.
+
+    Raises:
+      ShardingError: text of another form.
+    """
+    sizes = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        try:
+            sizes[axis.strip()] = int(size)
+        except ValueError:
+            raise ShardingError(
+                f"mesh {text!r}: {part!r} is no AXIS=SIZE; write it as data=16,expert=32"
+            ) from None
+    return sizes
+
+
 def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with all four axes, those not named of size 1.
 

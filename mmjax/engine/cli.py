@@ -12,6 +12,8 @@ from mmjax.convert import load
 from mmjax.engine.engine import Engine
 from mmjax.engine.results import Output, RequestError
 from mmjax.engine.sampling import SamplingParams
+from mmjax.model import Decoder
+from mmjax.sharding import SERVING_RULES, make_mesh, parse_mesh
 from mmjax.tokenizer import Tokenizer
 
 # Prompts that run side by side, and the longest chat unless told otherwise.
@@ -35,7 +37,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--thinking-budget", type=int, help="tokens after which thinking is closed")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
     parser.add_argument("--max-length", type=int, help="most tokens of a chat (32768)")
+    add_placement(parser)
+
+
+def add_placement(parser: argparse.ArgumentParser) -> None:
+    """Flags that `load_to_serve` reads beside `path`."""
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="override the weights'")
+    parser.add_argument("--mesh", help="expert=4,model=2: over which axes the devices lie (one)")
+
+
+def load_to_serve(args: argparse.Namespace) -> Decoder:
+    """The model of a command line, on its mesh as an engine keeps it.
+
+    Raises:
+      ConfigError, CheckpointError: the folder cannot be loaded.
+      ShardingError: the mesh fits the devices or the model not.
+    """
+    if args.mesh is None:
+        return load(args.path, dtype=args.dtype)
+    mesh = make_mesh(parse_mesh(args.mesh))
+    return load(args.path, mesh=mesh, rules=SERVING_RULES, dtype=args.dtype)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,12 +68,13 @@ def run(args: argparse.Namespace) -> int:
     texts = _prompts(args)
     params = _params(args)
     tokenizer = Tokenizer.load(args.path)
-    model = load(args.path, dtype=args.dtype)
+    model = load_to_serve(args)
     if texts is None:
         length = args.max_length or CHAT_LENGTH
-        _chat(Engine(model, tokenizer, max_slots=1, max_length=length), params, args)
+        engine = Engine(model, tokenizer, max_slots=1, max_length=length)
+        _chat(engine, tokenizer, params, args)
         return 0
-    prompts = [tokenizer.encode(_rendered(text, args)) for text in texts]
+    prompts = [tokenizer.encode(_rendered(text, tokenizer, args)) for text in texts]
     longest = args.max_length or max(map(len, prompts)) + params.max_tokens
     slots = min(len(prompts), SLOTS)
     engine = Engine(model, tokenizer, max_slots=slots, max_length=longest, num_prefixes=slots)
@@ -112,7 +134,9 @@ def _print_all(
     print(meter, file=sys.stderr)
 
 
-def _chat(engine: Engine, params: SamplingParams, args: argparse.Namespace) -> None:
+def _chat(
+    engine: Engine, tokenizer: Tokenizer, params: SamplingParams, args: argparse.Namespace
+) -> None:
     """Turns until the end of the input; an interrupt ends the answer, not the chat."""
     messages = _messages(args)
     print("Say something; Ctrl-D leaves.", file=sys.stderr)
@@ -127,7 +151,7 @@ def _chat(engine: Engine, params: SamplingParams, args: argparse.Namespace) -> N
         messages.append({"role": "user", "content": text})
         answer, meter = "", _Meter()
         try:
-            for output in meter.watch(engine.stream(render_chat(messages), params)):
+            for output in meter.watch(engine.stream(_render(messages, tokenizer), params)):
                 answer += output.text
                 print(output.text, end="", flush=True)
             print()
@@ -147,10 +171,14 @@ def _messages(args: argparse.Namespace) -> list[dict[str, str]]:
     return [{"role": "system", "content": args.system}] if args.system else []
 
 
-def _rendered(text: str, args: argparse.Namespace) -> str:
+def _rendered(text: str, tokenizer: Tokenizer, args: argparse.Namespace) -> str:
     if args.raw:
         return text
-    return render_chat([*_messages(args), {"role": "user", "content": text}])
+    return _render([*_messages(args), {"role": "user", "content": text}], tokenizer)
+
+
+def _render(messages: list[dict[str, str]], tokenizer: Tokenizer) -> str:
+    return render_chat(messages, document_start=tokenizer.document_start)
 
 
 def _params(args: argparse.Namespace) -> SamplingParams:

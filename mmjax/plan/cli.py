@@ -31,6 +31,7 @@ from mmjax.plan.estimate import (
     show_mesh,
 )
 from mmjax.plan.job import JOBS, Job, Request, read_request
+from mmjax.sharding import parse_mesh
 
 # Rows and tokens of a row where neither flags nor config say.
 _DEFAULT_BATCH = {"prefill": 32, "decode": 256}
@@ -117,24 +118,11 @@ def _estimates(
 ) -> list[Estimate]:
     """The chosen mesh's estimate, or the best meshes'."""
     if args.mesh and args.mesh != "auto":
-        return [estimate(job, topology, _parse_mesh(args.mesh))]
+        return [estimate(job, topology, parse_mesh(args.mesh))]
     # A config's mesh is for its own train step.
     if request.mesh and not args.mesh and job.kind == "train":
         return [estimate(job, topology, request.mesh)]
     return best_meshes(job, topology)
-
-
-def _parse_mesh(text: str) -> dict[str, int]:
-    mesh = {}
-    for part in text.split(","):
-        axis, _, size = part.partition("=")
-        try:
-            mesh[axis.strip()] = int(size)
-        except ValueError:
-            raise PlanError(
-                f"--mesh {text!r}: {part!r} is no AXIS=SIZE; write data=16,expert=32, or auto"
-            ) from None
-    return mesh
 
 
 def _bills(args: argparse.Namespace, chosen: Estimate) -> dict[str, Bill]:

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from mmjax.config import ConfigError
-from mmjax.convert import load
 from mmjax.engine import Engine
+from mmjax.engine.cli import add_placement, load_to_serve
 from mmjax.model import Decoder
 from mmjax.serve.app import ServeConfig, create_app
 from mmjax.serve.jobs import Served
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="port to bind, 0 for any free one (8000)",
     )
     add("--api-key-file", type=Path, help=f"a file with the key to ask for (or {_KEY_VARIABLE})")
-    add("--dtype", choices=("float32", "bfloat16"), help="override the weights'")
+    add_placement(parser)
     add("--max-slots", type=int, default=16, help="samples that run at a time (16)")
     add("--max-length", type=int, help="most tokens of prompt and completion (the engine's choice)")
     add("--num-pages", type=int, help="KV pages (the engine's choice)")
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _server(args: argparse.Namespace, key: str | None, bound: socket.socket) -> HttpServer:
-    model = load(args.path, dtype=args.dtype)
+    model = load_to_serve(args)
     tokenizer = Tokenizer.load(args.path)
     engine = _engine(args, model, tokenizer)
     if not args.no_warm_up:

@@ -1,12 +1,16 @@
 """`mmjax generate` on a small model folder."""
 
+import argparse
 import io
 
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import mmjax
 from mmjax import SamplingParams, cli
 from mmjax.chat import render_chat
+from mmjax.engine.cli import load_to_serve
 from tests.mmjax.engines import byte_tokenizer, small_engine, small_model
 
 
@@ -67,6 +71,15 @@ def test_chat_remembers_its_turns(generate):
     assert err.count("tokens, the first after") == 2
 
 
+def test_a_mesh_takes_the_weights_as_they_are_served(folder):
+    args = argparse.Namespace(path=folder, dtype=None, mesh="data=2,expert=2,model=2")
+    model = load_to_serve(args)
+    embedding = model.embed.embedding.get_value()
+    wanted = NamedSharding(embedding.sharding.mesh, P("model", None))
+    assert dict(wanted.mesh.shape) == {"data": 2, "context": 1, "expert": 2, "model": 2}
+    assert embedding.sharding.is_equivalent_to(wanted, 2)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -75,6 +88,8 @@ def test_chat_remembers_its_turns(generate):
         (["--prompt", "x", "--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
         (["--prompt", "x" * 128], "exceed the engine's 128 tokens"),
         (["--prompts-file", "/nowhere"], "No such file"),
+        (["--prompt", "x", "--mesh", "model:2"], "'model:2' is no AXIS=SIZE; write it as data=16"),
+        (["--prompt", "x", "--mesh", "model=3"], "needs 3 devices, there are 8"),
     ],
 )
 def test_user_errors(generate, argv, message):
