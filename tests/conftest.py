@@ -1,5 +1,6 @@
 """Strict JAX, eight CPU devices, and array annotations that are checked at every call."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -13,6 +14,9 @@ def pytest_configure(config):
     # tests/gpu runs on a machine with a GPU and with what that machine has installed.
     if any("gpu" in Path(str(arg)).parts for arg in config.args):
         return
+    # Tests spend their time compiling what runs for milliseconds: a quarter of it is LLVM's.
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_enable_compilation_cache", False)

@@ -432,7 +432,7 @@ def test_an_update_on_the_mesh():
 def test_a_model_moves_weights_keys_and_states_alone(monkeypatch):
     """Around the experts, which have collectives of their own, no activation is gathered."""
 
-    def no_experts(self, x, real, training):
+    def no_experts(self, x, real, **_):
         zeros, zero = jnp.zeros(self.w1.shape[0]), jnp.zeros(())
         return x, RouterStats(zeros, zeros, zero, zero, jnp.zeros((*x.shape[:2], 1)))
 
