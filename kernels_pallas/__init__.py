@@ -2,10 +2,13 @@
 
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
 from kernels_pallas.lightning_attention import lightning_attention, lightning_attention_step
+from kernels_pallas.paged_attention import paged_attention, write_pages
 
 __all__ = [
     "grouped_matmul",
     "grouped_swiglu",
     "lightning_attention",
     "lightning_attention_step",
+    "paged_attention",
+    "write_pages",
 ]

@@ -31,11 +31,15 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int32
 
-from kernels_pallas import lightning_attention, lightning_attention_step
+from kernels_pallas import (
+    lightning_attention,
+    lightning_attention_step,
+    paged_attention,
+    write_pages,
+)
 from kernels_pallas.lightning_attention.clock import read_clock
 from kernels_pallas.numerics import einsum32
 from mmjax.cache import PagedCache
-from mmjax.layers.paged import paged_attention, write_pages
 from mmjax.layers.softmax import softmax_attention
 from mmjax.sharding import ShardingError, activation_spec, active_mesh
 

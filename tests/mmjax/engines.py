@@ -6,8 +6,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from kernels_pallas.paged_attention import chunked as paged
 from mmjax import Engine
-from mmjax.layers import paged
 from mmjax.tokenizer import BOS, EOS, Tokenizer
 from tests.mmjax.programs import random_model, small_config
 

@@ -13,7 +13,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
 
 from kernels_pallas import dispatch
 from kernels_pallas.numerics import einsum32
@@ -30,50 +29,15 @@ type _Read = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 type _Attend = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def write_pages(
-    x: Float[Array, "B T G K"],
-    index: Int32[Array, "B T"],
-    pool: Float[Array, "N P G S K"],
-    table: Int32[Array, "B W"],
-    layer: Int32[Array, ""],
-) -> Float[Array, "N P G S K"]:
-    """Writes tokens into their rows' pages of one layer.
-
-    Args:
-      x: Keys or values [B, T, G, K].
-      index: Place of each token in its row [B, T]; W · page size or more for padding, which is
-        not written.
-      pool: [N, P, G, page size, K].
-      table: Pages of each row [B, W].
-      layer: Which of the N layers.
-    """
-    _, pages, _, size, _ = pool.shape
-    page = jnp.take_along_axis(table, index // size, axis=1, mode="fill", fill_value=pages)
-    return pool.at[layer, page, :, index % size].set(x.astype(pool.dtype), mode="drop")
-
-
-def paged_attention(
-    q: Float[Array, "B T H K"],
-    keys: Float[Array, "N P G S K"],
-    values: Float[Array, "N P G S K"],
-    table: Int32[Array, "B W"],
-    index: Int32[Array, "B T"],
-    layer: Int32[Array, ""],
-) -> Float[Array, "B T H K"]:
-    """softmax(q kᵀ / sqrt(K)) v over the row's tokens up to each query, with a float32 softmax.
-
-    Args:
-      q: Queries [B, T, H, K].
-      keys: [N, P, G, page size, K], those of the queries' own tokens among them.
-      values: [N, P, G, page size, K].
-      table: Pages of each row [B, W].
-      index: Place of each query in its row [B, T]; W · page size or more for padding, whose
-        output is zero.
-      layer: Which of the N layers.
-
-    Returns:
-      [B, T, H, K] in q.dtype.
-    """
+def paged_attention_chunked(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    table: jax.Array,
+    index: jax.Array,
+    layer: jax.Array,
+) -> jax.Array:
+    """`paged_attention` by spans; see the public function."""
     batch, length, heads, dim = q.shape
     groups, size = keys.shape[2:4]
     place = jnp.where(index < table.shape[1] * size, index, -1)

@@ -1,11 +1,13 @@
 """Attention over pages against the dense form."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas import paged_attention, write_pages
+from kernels_pallas.paged_attention import chunked, mosaic_gpu
 from mmjax.engine.programs import _last_logits
-from mmjax.layers import paged
 from mmjax.layers.softmax import softmax_attention
 from tests.mmjax.programs import random_model, small_config
 
@@ -20,8 +22,8 @@ def draw(rng, *shape):
 @pytest.mark.parametrize("queries", [1, 5, 11])
 def test_pages_hold_what_a_row_holds(monkeypatch, span, queries):
     """Rows of several lengths, one of them all padding, whose pages lie anywhere in the pool."""
-    monkeypatch.setattr(paged, "CPU_SPAN", span)
-    monkeypatch.setattr(paged, "CPU_QUERY_BLOCK", 4)
+    monkeypatch.setattr(chunked, "CPU_SPAN", span)
+    monkeypatch.setattr(chunked, "CPU_QUERY_BLOCK", 4)
     rng = np.random.default_rng(span + queries)
     ends = np.array([queries, 13, 24, 0])
     index = np.maximum(ends[:, None] - queries, 0) + np.arange(queries)[None]
@@ -35,12 +37,11 @@ def test_pages_hold_what_a_row_holds(monkeypatch, span, queries):
     layer = jnp.int32(1)
     before = [draw(rng, LAYERS, PAGES, GROUPS, SIZE, DIM) for _ in range(2)]
     keys, values = (
-        paged.write_pages(x, places, pool, table, layer)
-        for x, pool in zip((k, v), before, strict=True)
+        write_pages(x, places, pool, table, layer) for x, pool in zip((k, v), before, strict=True)
     )
     np.testing.assert_array_equal(keys[0], before[0][0])
     q, index = draw(rng, 4, queries, HEADS, DIM), jnp.asarray(index, jnp.int32)
-    out = paged.paged_attention(q, keys, values, table, index, layer)
+    out = paged_attention(q, keys, values, table, index, layer)
     blind = jnp.where(index < SIZE * WIDTH, index, -1)
     np.testing.assert_allclose(out, softmax_attention(q, k, v, blind), atol=1e-6)
     np.testing.assert_array_equal(out[3], 0)
@@ -53,3 +54,28 @@ def test_bfloat16_head_is_the_float32_head():
     found = _last_logits(model, hidden)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_hopper_kernel_lowers_for_cuda():
+    """tests/gpu runs it."""
+    q = jax.ShapeDtypeStruct((2, 256, 8, 128), jnp.bfloat16)
+    pool = jax.ShapeDtypeStruct((2, 20, 2, 64, 128), jnp.bfloat16)
+    where = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, 8), (2, 256), ()))
+    assert mosaic_gpu.why_not(q, pool) is None
+    run = jax.jit(mosaic_gpu.paged_attention_mosaic_gpu)
+    text = run.trace(q, pool, pool, *where).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+
+
+@pytest.mark.parametrize(
+    ("queries", "page", "dim", "dtype", "reason"),
+    [
+        (256, 64, 128, "float32", "it takes bfloat16; got float32"),
+        (256, 64, 96, "bfloat16", "heads of 64 or 128; got 96"),
+        (256, 48, 128, "bfloat16", "pages of 8 to 128 tokens, a power of two; got 48"),
+        (100, 64, 128, "bfloat16", "queries in multiples of 128; got 100"),
+    ],
+)
+def test_why_not(queries, page, dim, dtype, reason):
+    q = jax.ShapeDtypeStruct((1, queries, 8, dim), dtype)
+    assert reason in mosaic_gpu.why_not(q, jax.ShapeDtypeStruct((2, 20, 2, page, dim), dtype))
