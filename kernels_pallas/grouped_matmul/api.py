@@ -151,7 +151,9 @@ def gpu_passes(
         fields = tuning.tuned(target.kind, "grouped_matmul", "mosaic_gpu", key)
         if fields is not None:
             return mosaic_gpu.Blocks(**fields)
-        return mosaic_gpu.default_blocks(what, lhs.shape[0], rhs.shape[0])
+        rows, (groups, inner, columns) = lhs.shape[0], rhs.shape
+        across = inner if what == "d_lhs" else columns
+        return mosaic_gpu.default_blocks(what, rows, groups, across, target.cores)
 
     return mosaic_gpu.Passes(blocks(forward), blocks("d_lhs"), blocks("d_rhs"), target.cores)
 

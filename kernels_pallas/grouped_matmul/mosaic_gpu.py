@@ -55,8 +55,10 @@ class Blocks(NamedTuple):
     panel: int = 8
 
 
-# Few rows a group: many small loads of the matrices, which are all there is to read.
+# Few rows a group: many small loads of the matrices, which are all there is to read. Narrow tiles
+# where wide ones would leave multiprocessors without any.
 _DECODING = Blocks(rows=64, columns=256, stages=5)
+_NARROW = Blocks(rows=64, columns=64, stages=12)
 
 
 def why_not(lhs: _Shaped, *rhs: _Shaped) -> str | None:
@@ -71,9 +73,14 @@ def why_not(lhs: _Shaped, *rhs: _Shaped) -> str | None:
     return None
 
 
-def default_blocks(what: str, rows: int, groups: int) -> Blocks:
-    """Blocks of a pass ("forward" | "swiglu" | "d_lhs" | "d_rhs") over rows in groups."""
-    return _DECODING if what != "d_rhs" and rows <= _PIECE * groups else Blocks()
+def default_blocks(what: str, rows: int, groups: int, columns: int, cores: int) -> Blocks:
+    """Blocks of a pass ("forward" | "swiglu" | "d_lhs" | "d_rhs") over rows in groups, whose result
+    has so many columns, on a GPU of so many multiprocessors.
+    """
+    if what == "d_rhs" or rows > _PIECE * groups:
+        return Blocks()
+    few = min(rows, groups) * pl.cdiv(columns, _DECODING.columns) < cores
+    return _NARROW if few and what != "swiglu" else _DECODING
 
 
 class Passes(NamedTuple):

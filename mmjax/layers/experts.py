@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from kernels_pallas import grouped_matmul, grouped_swiglu
 from kernels_pallas.grouped_matmul import gains_by_align
 from kernels_pallas.numerics import einsum32
+from mmjax.layers.router import FEW_TOKENS
 
 # Rows that share one expert's matrix in the grouped product, at least and at most.
 MIN_BLOCK, MAX_BLOCK = 64, 512
@@ -45,6 +46,8 @@ def apply_experts(
     block = _block_size(tokens, visits, kernels)
     if block > 1 and tokens.shape[0] * experts <= _row_count(visits, experts, block):
         return _every_expert(tokens, share, expert, kernels)
+    if block == 1 and tokens.shape[0] <= FEW_TOKENS:
+        return _visited_experts(tokens, share, expert, kernels)
     out = visit_experts(tokens, expert, kernels)  # [N, k, D]
     return weighted_sum(out, share).astype(tokens.dtype)
 
@@ -94,6 +97,40 @@ def _every_expert(
 
     hidden = jax.nn.silu(up(w1)) * up(w3) * weight[:, :, None]
     return einsum32("enf,efd->end", hidden, w2, dtype).sum(0).astype(dtype)
+
+
+def _visited_experts(
+    tokens: jax.Array, share: jax.Array, expert: jax.Array, kernels: Weights
+) -> jax.Array:
+    """All tokens through every expert that one of them visits: few as they are, they fit the one
+    tile of rows that a kernel multiplies with an expert anyway, and nothing has to be sorted.
+    """
+    dtype, count = tokens.dtype, tokens.shape[0]
+    experts = kernels.w1.shape[0]
+    weight, place = _weights_by_turn(share, expert, experts)
+    groups = weight.shape[0]
+    sizes = jnp.where(place >= 0, count, 0)
+    rows = jnp.broadcast_to(tokens[None], (groups, *tokens.shape)).reshape(groups * count, -1)
+    kernels = Weights(*(w.astype(dtype) for w in kernels))
+    out = _ffn(rows, sizes, *kernels, 1).reshape(groups, count, -1)
+    return (weight[:, :, None] * out.astype(jnp.float32)).sum(0).astype(dtype)
+
+
+def _weights_by_turn(
+    share: jax.Array, expert: jax.Array, experts: int
+) -> tuple[jax.Array, jax.Array]:
+    """float32 weight [min(E, N k), N] of the visited experts' outputs, expert after expert, and
+    place [E] of each among them, -1 for one that nobody visits.
+    """
+    index = jnp.arange(experts, dtype=expert.dtype)
+    chosen = expert[:, :, None] == index[None, None]  # [N, k, E]
+    weight = jnp.where(chosen, share[:, :, None].astype(jnp.float32), 0).sum(1)  # [N, E]
+    visited = chosen.any((0, 1))
+    # A sum through a mask, where a cumsum and a scatter are a chain of kernels.
+    before = (visited[None] & (index[None] < index[:, None])).sum(1, dtype=jnp.int32)
+    place = jnp.where(visited, before, -1)
+    turn = jnp.arange(min(experts, expert.size), dtype=jnp.int32)
+    return jnp.where(turn[:, None, None] == place[None, None], weight[None], 0).sum(2), place
 
 
 def _block_size(tokens: jax.Array, visits: int, kernels: Weights) -> int:

@@ -8,7 +8,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import dispatch
 from kernels_pallas.numerics import einsum32
+
+# Tokens of a decode step, whose kernels take longer to start than to run.
+FEW_TOKENS = 64
 
 
 class Routing(NamedTuple):
@@ -63,10 +67,9 @@ def route(
     Source: MiniMax-01 (arXiv 2501.08313), section 2.1, eq. 1, token drop and global router.
     """
     tokens, mask = x.reshape(-1, x.shape[-1]), real.reshape(-1)
-    logits = einsum32("nd,de->ne", tokens, kernel, jnp.dtype("float32"))
+    logits = _logits(tokens, kernel)
     probability = jax.nn.softmax(logits, axis=-1)
-    top, expert = jax.lax.top_k(probability, top_k)
-    expert = expert.astype(jnp.int32)
+    top, expert = _top_k(probability, top_k)
     share = (top / top.sum(-1, keepdims=True)).astype(x.dtype)
     stats = _statistics(logits, probability, expert, mask)
     if capacity:
@@ -76,6 +79,29 @@ def route(
         stats = stats._replace(dropped=(mask[:, None] & ~kept).sum().astype(jnp.float32))
         expert = jnp.where(kept, expert, logits.shape[-1])
     return Routing(share, expert), stats._replace(logits=logits.reshape(*real.shape, -1))
+
+
+def _logits(tokens: jax.Array, kernel: jax.Array) -> jax.Array:
+    if tokens.shape[0] > FEW_TOKENS or dispatch.target().platform != "gpu":
+        return einsum32("nd,de->ne", tokens, kernel, jnp.dtype("float32"))
+    # A sum that XLA fuses, for a product in float32 that takes a GPU four times as long.
+    return (tokens[:, None].astype(jnp.float32) * kernel.T[None]).sum(-1)
+
+
+def _top_k(probability: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest of [N, E], the first of equals first, and their places, int32."""
+    count, experts = probability.shape
+    if count > FEW_TOKENS:
+        top, expert = jax.lax.top_k(probability, top_k)
+        return top, expert.astype(jnp.int32)
+    # By counting who is larger: two fused kernels, where a sort is one among several.
+    index = jnp.arange(experts, dtype=jnp.int32)
+    mine, other = probability[:, :, None], probability[:, None]
+    ahead = (other > mine) | ((other == mine) & (index[None, None] < index[None, :, None]))
+    rank = ahead.sum(-1, dtype=jnp.int32)  # [N, E]
+    chosen = rank[:, None] == jnp.arange(top_k, dtype=jnp.int32)[None, :, None]  # [N, k, E]
+    expert = jnp.where(chosen, index[None, None], 0).sum(-1, dtype=jnp.int32)
+    return jnp.where(chosen, probability[:, None], 0).sum(-1), expert
 
 
 def _statistics(

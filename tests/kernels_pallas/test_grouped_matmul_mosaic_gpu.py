@@ -75,9 +75,14 @@ def test_tiles_cover_every_row_once(seed):
 
 
 def test_few_rows_a_group_take_small_tiles():
-    many, few = (mosaic_gpu.default_blocks("forward", rows, 32) for rows in (65536, 512))
+    def blocks(what, rows, columns=9216):
+        return mosaic_gpu.default_blocks(what, rows, 32, columns, cores=132)
+
+    many, few = (blocks("forward", rows) for rows in (65536, 512))
     assert (many.rows, few.rows) == (128, 64)
-    assert mosaic_gpu.default_blocks("d_rhs", 512, 32) == many
+    assert blocks("d_rhs", 512) == many
+    # Two experts have 72 tiles of 256 columns, for 132 multiprocessors.
+    assert (few.columns, blocks("forward", 2).columns) == (256, 64)
 
 
 def test_tuned_blocks_are_used(tmp_path, monkeypatch):
@@ -91,7 +96,7 @@ def test_tuned_blocks_are_used(tmp_path, monkeypatch):
     tuning.load.cache_clear()
     passes = api.gpu_passes("forward", lhs, rhs, HOPPER)
     assert passes.d_lhs == blocks
-    assert passes.forward == mosaic_gpu.default_blocks("forward", 100, 2)
+    assert passes.forward == mosaic_gpu.default_blocks("forward", 100, 2, 128, 132)
     tuning.load.cache_clear()
 
 
