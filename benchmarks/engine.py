@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import pathlib
 import platform
+import resource
 import statistics
 import subprocess
 import time
@@ -34,16 +36,30 @@ from mmjax.config import LIGHTNING, SOFTMAX
 
 MODELS = {
     "tiny": ModelConfig.tiny(),
-    # 3.2B parameters, 0.9B active.
+    # 3.0B parameters, 1.2B of them used by a token: one super-block of half the released width.
     "3b": ModelConfig.tiny(
         vocab_size=65536,
-        hidden_size=2048,
-        intermediate_size=1024,
-        num_layers=24,
-        num_heads=16,
+        hidden_size=3072,
+        intermediate_size=3584,
+        num_heads=32,
         num_kv_heads=4,
         head_dim=128,
-        num_experts=16,
+        num_experts=8,
+        rotary_dim=64,
+        rope_theta=1e7,
+        dtype="bfloat16",
+        param_dtype="bfloat16",
+    ),
+    # 3.3B, 1.4B: two super-blocks of a third of it.
+    "3b-deep": ModelConfig.tiny(
+        vocab_size=65536,
+        hidden_size=2048,
+        intermediate_size=3072,
+        num_layers=16,
+        num_heads=32,
+        num_kv_heads=4,
+        head_dim=128,
+        num_experts=8,
         rotary_dim=64,
         rope_theta=1e7,
         dtype="bfloat16",
@@ -128,6 +144,46 @@ def prefill(model: Decoder, length: int, chunk: int) -> float:
     return measure(lambda: engine.generate([prompt], greedy(1)))
 
 
+def curve(model: Decoder, length: int, chunk: int) -> list[tuple[int, float, int]]:
+    """Of each whole chunk of one long prompt: tokens before it, seconds, bytes in use after it."""
+    engine = Engine(
+        model, max_slots=1, max_length=length + 1, prefill_chunk=chunk, num_prefixes=0,
+        num_pages=length // 64 + 1,
+    )  # fmt: skip
+    first, prompt = prompts(model.cfg, 2, length)
+    engine.generate([first[: 2 * chunk]], greedy(1))  # compiles
+    engine.add(prompt, greedy(1))
+    found = []
+    for before in range(0, length - chunk, chunk):
+        start = time.perf_counter()
+        engine.step()
+        jax.block_until_ready(jax.live_arrays())
+        found.append((before, time.perf_counter() - start, memory()))
+    while engine.has_work:
+        engine.step()
+    return found
+
+
+def memory() -> int:
+    """Bytes in use on the default device, or by this process on a CPU."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return stats.get("bytes_in_use", pages * resource.getpagesize())
+
+
+def _print_curve(chunks: list[tuple[int, float, int]]) -> None:
+    least = min(seconds for _, seconds, _ in chunks)
+    size = chunks[1][0] - chunks[0][0]
+    print(f"\n| tokens before a chunk of {size} | us a token | beyond the fastest chunk | GB |\n"
+          "|---|---|---|---|")  # fmt: skip
+    shown = {chunks[0][0], chunks[-1][0]} | {size << i for i in range(len(chunks).bit_length())}
+    for before, seconds, used in chunks:
+        if before in shown:
+            print(f"| {before} | {seconds / size * 1e6:.2f} | {1 - least / seconds:.0%} "
+                  f"| {used / 1e9:.2f} |")  # fmt: skip
+    print(f"\n{sum(seconds for _, seconds, _ in chunks):.1f} s for all chunks.")
+
+
 def decode(model: Decoder, batch: int, context: int, chunk: int) -> float:
     """Seconds a step of a batch whose rows are `context` tokens long, host and all."""
     steps = 128
@@ -190,13 +246,17 @@ def decode_bytes(cfg: ModelConfig, batch: int, context: int) -> float:
 
 
 def prefill_flops(cfg: ModelConfig, length: int) -> float:
-    """FLOPs of the products of a prefill, the causal half of softmax attention, no LM head."""
+    """FLOPs of the products that a prefill has to compute: the causal half of softmax attention, no
+    LM head, and of the last layer what its cache takes, as nobody reads its output.
+    """
     d, h, g, k = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    lightning, softmax = cfg.kinds.count(LIGHTNING), cfg.kinds.count(SOFTMAX)
-    weights = lightning * 5 * d * h * k + softmax * (2 * d * h * k + 2 * d * g * k)
-    weights += cfg.num_layers * cfg.num_experts_per_token * 3 * d * cfg.intermediate_size
-    states = lightning * 4 * h * k * k
-    return length * (2 * weights + states + softmax * 2 * h * k * length)
+    experts = cfg.num_experts_per_token * 3 * d * cfg.intermediate_size
+    lightning = 2 * (5 * d * h * k + experts) + 4 * h * k * k
+    softmax = 2 * (2 * d * h * k + 2 * d * g * k + experts) + 2 * h * k * length
+    each = {LIGHTNING: lightning, SOFTMAX: softmax}
+    last = {LIGHTNING: 2 * 2 * d * h * k + 2 * h * k * k, SOFTMAX: 2 * 2 * d * g * k}
+    *kinds, end = cfg.kinds
+    return length * (sum(each[kind] for kind in kinds) + last[end])
 
 
 def bandwidth() -> float:
@@ -254,14 +314,17 @@ def main() -> None:
             f"{floor / seconds:.0%} | {other('decode', batch, 1e3)} |",
             flush=True,
         )
-    one, many = group(model, 4096, 16, args.prefill_chunk)
-    print(f"\nFirst tokens of a 4096-token prompt: {one:.3f} s; of 16 samples of it: {many:.3f} s, "
-          f"{many / one:.2f} times that.")  # fmt: skip
+    if args.samples:
+        one, many = group(model, 4096, args.samples, args.prefill_chunk)
+        print(f"\nFirst tokens of a 4096-token prompt: {one:.3f} s; of {args.samples} samples of "
+              f"it: {many:.3f} s, {many / one:.2f} times that.")  # fmt: skip
+    if args.curve:
+        _print_curve(curve(model, args.curve, args.prefill_chunk))
 
 
 def _arguments() -> argparse.Namespace:
     def numbers(text: str) -> list[int]:
-        return [int(number) for number in text.split(",")]
+        return [int(number) for number in text.split(",") if number]
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--model", choices=MODELS, default="tiny")
@@ -269,6 +332,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=numbers, default=[1, 4, 16])
     parser.add_argument("--context", type=int, default=128, help="tokens before the decoded ones")
     parser.add_argument("--prefill-chunk", type=int, default=2048)
+    parser.add_argument("--samples", type=int, default=16, help="of one prompt; 0 for none")
+    parser.add_argument("--curve", type=int, help="also a prompt this long, chunk by chunk")
     parser.add_argument("--peak-tflops", type=float, help="of the device, for the share of peak")
     parser.add_argument("--bandwidth", type=float, help="GB/s of the device; measured if not given")
     parser.add_argument("--peer-python", help="interpreter with torch and transformers")
