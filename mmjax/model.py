@@ -18,7 +18,7 @@ from mmjax.config import LIGHTNING, SOFTMAX, ModelConfig
 from mmjax.layers.block import Block, Cache, Context, LayerIndex, empty_stats
 from mmjax.layers.embed import Embed, Head, tied_logits
 from mmjax.layers.lightning import decay_rates
-from mmjax.layers.moe import RouterStats, load_balancing_loss
+from mmjax.layers.moe import MoE, RouterStats, load_balancing_loss
 from mmjax.layers.norm import RMSNorm
 from mmjax.layers.rope import rope_angles
 from mmjax.sharding import constrain
@@ -167,6 +167,14 @@ class Decoder(nnx.Module):
         ]
         model = nnx.merge(*nnx.split(self))
         model.blocks = nnx.List(layers)
+        return model
+
+    def with_int8_experts(self) -> Decoder:
+        """The same model, to serve, with the experts' matrices rounded to int8."""
+        model = nnx.merge(*nnx.split(self))
+        for _, node in nnx.iter_graph(model):
+            if isinstance(node, MoE):
+                node.round_experts()
         return model
 
     def _layers(

@@ -43,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_placement(parser: argparse.ArgumentParser) -> None:
     """Flags that `load_to_serve` reads beside `path`."""
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="override the weights'")
+    parser.add_argument(
+        "--int8-experts", action="store_true", help="keep the experts in int8: half the memory"
+    )
     parser.add_argument("--mesh", help="expert=4,model=2: over which axes the devices lie (one)")
 
 
@@ -71,13 +74,22 @@ def run(args: argparse.Namespace) -> int:
     model = load_to_serve(args)
     if texts is None:
         length = args.max_length or CHAT_LENGTH
-        engine = Engine(model, tokenizer, max_slots=1, max_length=length)
+        engine = Engine(
+            model, tokenizer, max_slots=1, max_length=length, int8_experts=args.int8_experts
+        )
         _chat(engine, tokenizer, params, args)
         return 0
     prompts = [tokenizer.encode(_rendered(text, tokenizer, args)) for text in texts]
     longest = args.max_length or max(map(len, prompts)) + params.max_tokens
     slots = min(len(prompts), SLOTS)
-    engine = Engine(model, tokenizer, max_slots=slots, max_length=longest, num_prefixes=slots)
+    engine = Engine(
+        model,
+        tokenizer,
+        max_slots=slots,
+        max_length=longest,
+        num_prefixes=slots,
+        int8_experts=args.int8_experts,
+    )
     _print_all(engine, texts, prompts, params)
     return 0
 

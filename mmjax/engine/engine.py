@@ -63,6 +63,8 @@ class Engine:
         of `prefill_chunk`, or all of it where no prefix is kept.
       num_prefixes: Prefixes kept at most; each takes a lightning state and holds its pages until
         others need them.
+      int8_experts: Keep the experts' matrices in int8, with a scale for each column: half of
+        bfloat16's memory, and rounding that docs/engine.md has figures of.
 
     Raises:
       ValueError: sizes that do not fit together.
@@ -80,6 +82,7 @@ class Engine:
         prefill_chunk: int = 2048,
         prefix_block: int | None = None,
         num_prefixes: int = 16,
+        int8_experts: bool = False,
     ) -> None:
         if prefix_block is None:
             prefix_block = max(prefill_chunk // 8, 16) if num_prefixes else prefill_chunk
@@ -89,7 +92,7 @@ class Engine:
         self._schedule = Schedule(prefix_block, prefill_chunk)
         self._slots, self._widths = max_slots, _widths(max_slots)
         with self._on_mesh():
-            self._unstack = _unstacker(model, self._mesh)
+            self._unstack = _unstacker(model, self._mesh, int8_experts)
             graphdef, params = self._unstack(nnx.state(model))
             self._leaves, treedef = jax.tree.flatten(params)
             self._programs = compiled(graphdef, treedef)
@@ -569,21 +572,22 @@ def _mesh_of(model: Decoder) -> Mesh | None:
     return None
 
 
-def _unstacker(model: Decoder, mesh: Mesh | None) -> Any:
+def _unstacker(model: Decoder, mesh: Mesh | None, int8_experts: bool) -> Any:
     """A function from the state of a stacked decoder to the structure and state of the engine's."""
     structure = nnx.graphdef(model)
+    deep = model.cfg.num_layers > UNROLLED_LAYERS
 
-    def cut(state: nnx.State) -> nnx.State:
-        return nnx.state(nnx.merge(structure, state).unstacked())
+    def served(state: nnx.State) -> Decoder:
+        decoder = nnx.merge(structure, state)
+        decoder = decoder if deep else decoder.unstacked()
+        return decoder.with_int8_experts() if int8_experts else decoder
 
-    if model.cfg.num_layers > UNROLLED_LAYERS:
-        where = None if mesh is None else param_shardings(nnx.state(model), mesh, SERVING_RULES)
-        return lambda state: (structure, state if where is None else jax.device_put(state, where))
-    abstract = nnx.eval_shape(lambda s: nnx.merge(structure, s).unstacked(), nnx.state(model))
-    flat, shapes = nnx.split(abstract)
+    flat, shapes = nnx.split(nnx.eval_shape(served, nnx.state(model)))
     where = None if mesh is None else param_shardings(shapes, mesh, SERVING_RULES)
+    if deep and not int8_experts:
+        return lambda state: (structure, state if where is None else jax.device_put(state, where))
     stacked = None if mesh is None else param_shardings(nnx.state(model), mesh)
-    compiled = jax.jit(cut, out_shardings=where)
+    compiled = jax.jit(lambda state: nnx.state(served(state)), out_shardings=where)
 
     def run(state: nnx.State) -> tuple[Any, nnx.State]:
         return flat, compiled(state if stacked is None else jax.device_put(state, stacked))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from kernels_pallas import grouped_matmul, grouped_swiglu
 from kernels_pallas.grouped_matmul import gains_by_align
 from kernels_pallas.numerics import einsum32
+from mmjax.layers.int8 import Int8Matrices
 from mmjax.layers.router import FEW_TOKENS
 
 # Rows that share one expert's matrix in the grouped product, at least and at most.
@@ -23,9 +24,9 @@ _LANES = 128
 class Weights(NamedTuple):
     """w1, w3 [E, D, F]; w2 [E, F, D]."""
 
-    w1: jax.Array
-    w3: jax.Array
-    w2: jax.Array
+    w1: jax.Array | Int8Matrices
+    w3: jax.Array | Int8Matrices
+    w2: jax.Array | Int8Matrices
 
 
 def apply_experts(
@@ -47,17 +48,18 @@ def apply_experts(
     if block > 1 and tokens.shape[0] * experts <= _row_count(visits, experts, block):
         return _every_expert(tokens, share, expert, kernels)
     if block == 1 and tokens.shape[0] <= FEW_TOKENS:
-        return _visited_experts(tokens, share, expert, kernels)
+        # XLA reads bytes in its products; the kernels would have them written out before.
+        form = _every_expert if isinstance(kernels.w1, Int8Matrices) else _visited_experts
+        return form(tokens, share, expert, kernels)
     out = visit_experts(tokens, expert, kernels)  # [N, k, D]
     return weighted_sum(out, share).astype(tokens.dtype)
 
 
 def visit_experts(tokens: jax.Array, expert: jax.Array, kernels: Weights) -> jax.Array:
     """The output of each visit [N, k, D] by tokens [N, D] to expert [N, k]; zero for expert E."""
-    kernels = Weights(*(w.astype(tokens.dtype) for w in kernels))
     block = _block_size(tokens, expert.size, kernels)
     sizes, rows = _sort_by_expert(expert, kernels.w1.shape[0], block)
-    return return_rows(_ffn(take_rows(tokens, rows), sizes, *kernels, block), rows)
+    return return_rows(_ffn(take_rows(tokens, rows), sizes, kernels, block), rows)
 
 
 def weighted_sum(out: jax.Array, share: jax.Array) -> jax.Array:
@@ -65,15 +67,9 @@ def weighted_sum(out: jax.Array, share: jax.Array) -> jax.Array:
     return (out.astype(jnp.float32) * share.astype(jnp.float32)[:, :, None]).sum(1)
 
 
-def _ffn(
-    rows: jax.Array,
-    group_sizes: jax.Array,
-    w1: jax.Array,
-    w3: jax.Array,
-    w2: jax.Array,
-    row_align: int,
-) -> jax.Array:
+def _ffn(rows: jax.Array, group_sizes: jax.Array, kernels: Weights, row_align: int) -> jax.Array:
     """w2(silu(w1 x) · w3 x) of rows [R, D] in groups of one expert each."""
+    w1, w3, w2 = (w.astype(rows.dtype) for w in kernels)
     hidden = grouped_swiglu(rows, w1, w3, group_sizes, row_align=row_align)
     return grouped_matmul(hidden, w2, group_sizes, row_align=row_align)
 
@@ -87,16 +83,19 @@ def _every_expert(
     its gradient take three times as long.
     """
     dtype = tokens.dtype
-    w1, w3, w2 = (w.astype(dtype) for w in kernels)
-    chosen = jax.nn.one_hot(expert, w1.shape[0], dtype=dtype)  # [N, k, E]
+    experts = kernels.w1.shape[0]
+    chosen = jax.nn.one_hot(expert, experts, dtype=dtype)  # [N, k, E]
     weight = (share[:, :, None] * chosen).sum(1).T  # [E, N]
-    each = jnp.broadcast_to(tokens[None], (w1.shape[0], *tokens.shape))
+    each = jnp.broadcast_to(tokens[None], (experts, *tokens.shape))
 
-    def up(kernel: jax.Array) -> jax.Array:
-        return einsum32("end,edf->enf", each, kernel, dtype).astype(dtype)
+    def product(x: jax.Array, kernel: jax.Array | Int8Matrices) -> jax.Array:
+        if isinstance(kernel, Int8Matrices):
+            return einsum32("enk,ekm->enm", x, kernel.values, dtype) * kernel.scale
+        return einsum32("enk,ekm->enm", x, kernel, dtype)
 
-    hidden = jax.nn.silu(up(w1)) * up(w3) * weight[:, :, None]
-    return einsum32("enf,efd->end", hidden, w2, dtype).sum(0).astype(dtype)
+    gate, up = (product(each, kernel).astype(dtype) for kernel in (kernels.w1, kernels.w3))
+    hidden = jax.nn.silu(gate) * up * weight[:, :, None]
+    return product(hidden, kernels.w2).sum(0).astype(dtype)
 
 
 def _visited_experts(
@@ -105,15 +104,13 @@ def _visited_experts(
     """All tokens through every expert that one of them visits: few as they are, they fit the one
     tile of rows that a kernel multiplies with an expert anyway, and nothing has to be sorted.
     """
-    dtype, count = tokens.dtype, tokens.shape[0]
-    experts = kernels.w1.shape[0]
-    weight, place = _weights_by_turn(share, expert, experts)
+    count = tokens.shape[0]
+    weight, place = _weights_by_turn(share, expert, kernels.w1.shape[0])
     groups = weight.shape[0]
     sizes = jnp.where(place >= 0, count, 0)
     rows = jnp.broadcast_to(tokens[None], (groups, *tokens.shape)).reshape(groups * count, -1)
-    kernels = Weights(*(w.astype(dtype) for w in kernels))
-    out = _ffn(rows, sizes, *kernels, 1).reshape(groups, count, -1)
-    return (weight[:, :, None] * out.astype(jnp.float32)).sum(0).astype(dtype)
+    out = _ffn(rows, sizes, kernels, 1).reshape(groups, count, -1)
+    return (weight[:, :, None] * out.astype(jnp.float32)).sum(0).astype(tokens.dtype)
 
 
 def _weights_by_turn(

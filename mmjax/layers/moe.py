@@ -12,6 +12,7 @@ from kernels_pallas.numerics import einsum32
 from mmjax.config import ModelConfig
 from mmjax.layers import weights
 from mmjax.layers.experts import Weights, apply_experts
+from mmjax.layers.int8 import Int8Matrices, to_int8
 from mmjax.layers.router import RouterStats, expert_capacity, route
 from mmjax.parallel.experts import FSDP_AXES, apply_sharded_experts
 from mmjax.sharding import active_mesh
@@ -38,6 +39,19 @@ class MoE(nnx.Module):
         self.top_k = cfg.num_experts_per_token
         self.capacity_factor = cfg.expert_capacity_factor
         self.shared = SharedExpert(cfg, rngs) if cfg.shared_intermediate_size else None
+        # Of the experts' columns, once they are int8.
+        self.scales: nnx.Dict[nnx.Param[jax.Array]] | None = nnx.data(None)
+
+    def round_experts(self) -> None:
+        """Keeps the experts' matrices as int8 from here on, to serve: they have no gradient."""
+        scales = {}
+        for name in ("w1", "w3", "w2"):
+            param: nnx.Param[jax.Array] = getattr(self, name)
+            experts, _, columns = param.get_metadata("axes")
+            rounded = to_int8(param[...])
+            setattr(self, name, param.replace(rounded.values))
+            scales[name] = nnx.Param(rounded.scale, axes=(experts, None, columns))
+        self.scales = nnx.Dict(scales)
 
     def __call__(
         self,
@@ -84,7 +98,10 @@ class MoE(nnx.Module):
         return out, stats
 
     def _kernels(self) -> Weights:
-        return Weights(self.w1[...], self.w3[...], self.w2[...])
+        if self.scales is None:
+            return Weights(self.w1[...], self.w3[...], self.w2[...])
+        names = ("w1", "w3", "w2")
+        return Weights(*(Int8Matrices(getattr(self, n)[...], self.scales[n][...]) for n in names))
 
     def _on_one_device(
         self, x: jax.Array, real: jax.Array, capacity: int, skip: bool

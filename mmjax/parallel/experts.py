@@ -39,6 +39,7 @@ from mmjax.layers.experts import (
     visit_experts,
     weighted_sum,
 )
+from mmjax.layers.int8 import Int8Matrices
 from mmjax.layers.router import RouterStats, route
 from mmjax.sharding import DEFAULT_RULES, MESH_AXES, ShardingError, active_mesh
 
@@ -131,14 +132,22 @@ def apply_sharded_experts(
     rows, sequence = plan.batch_axes or None, plan.sequence_axes or None
     tokens, summed = P(rows, sequence), P((*plan.batch_axes, *plan.sequence_axes) or None)
     into, back = P("expert", spread or None, "model"), P("expert", "model", spread or None)
+    specs = map(_lies, kernels, (into, into, back))
     out, sums, logits = jax.shard_map(
         partial(_on_device, plan),
-        in_specs=(tokens, tokens, P(), into, into, back),
+        in_specs=(tokens, tokens, P(), *specs),
         out_specs=(P(plan.partial_axes, rows, sequence), summed, tokens),
         check_vma=False,  # kernels say nothing about how their results vary
     )(x, real, router, *kernels)
     # Sums over devices are taken out here, where their transpose is known to move nothing.
     return out.sum(0), RouterStats._make([*(s.sum(0) for s in sums), logits])
+
+
+def _lies(kernel: jax.Array | Int8Matrices, spec: P) -> P | Int8Matrices:
+    """How a kernel lies: the scales of int8 ones as their columns do."""
+    if not isinstance(kernel, Int8Matrices):
+        return spec
+    return Int8Matrices(spec, P(spec[0], None, spec[2]))  # type: ignore[arg-type]
 
 
 def _plan(
@@ -184,7 +193,11 @@ def _check_division(shape: tuple[int, ...], mesh: dict[str, int], spread: tuple[
 
 
 def _on_device(
-    plan: Plan, x: jax.Array, real: jax.Array, router: jax.Array, *kernels: jax.Array
+    plan: Plan,
+    x: jax.Array,
+    real: jax.Array,
+    router: jax.Array,
+    *kernels: jax.Array | Int8Matrices,
 ) -> tuple[jax.Array, list[jax.Array], jax.Array]:
     """The part of one device; sums over devices are left to the caller, on a new first axis."""
     routing, stats = route(
@@ -205,12 +218,11 @@ def _on_device(
 
 def _gather_whole(plan: Plan, kernels: Weights, dtype: jnp.dtype) -> Weights:
     """This device's experts, D whole; the transpose scatters the summed gradient."""
+    if not plan.spread:
+        return kernels
 
-    def gather(kernel: jax.Array, axis: int) -> jax.Array:
-        kernel = kernel.astype(dtype)
-        if not plan.spread:
-            return kernel
-        return jax.lax.all_gather(kernel, plan.spread, axis=axis, tiled=True)
+    def gather(kernel: jax.Array | Int8Matrices, axis: int) -> jax.Array:
+        return jax.lax.all_gather(kernel.astype(dtype), plan.spread, axis=axis, tiled=True)
 
     return Weights(gather(kernels.w1, 1), gather(kernels.w3, 1), gather(kernels.w2, 2))
 

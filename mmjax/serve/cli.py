@@ -122,6 +122,7 @@ def _engine(args: argparse.Namespace, model: Decoder, tokenizer: Tokenizer) -> E
             max_length=args.max_length,
             num_pages=args.num_pages,
             prefill_chunk=args.prefill_chunk,
+            int8_experts=args.int8_experts,
         )
     except ValueError as error:
         raise ServeError(str(error)) from None

@@ -51,6 +51,19 @@ def test_one_prompt(generate):
     assert "8 tokens, the first after" in err
 
 
+def test_int8_experts_are_asked_for(folder, monkeypatch):
+    asked = {}
+
+    def engine(*_, **options):
+        asked.update(options)
+        return small_engine()
+
+    monkeypatch.setattr("mmjax.engine.cli.Engine", engine)
+    argv = ["generate", folder, "--raw", "--prompt", "a", "--max-tokens", "1", "--int8-experts"]
+    assert cli.main(argv) == 0
+    assert asked["int8_experts"]
+
+
 def test_a_file_of_prompts(generate, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\ntwo and more\n")
