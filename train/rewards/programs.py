@@ -50,7 +50,7 @@ class ProgramSource(FileSource):
         if unknown:
             known = ", ".join(("path", "workers", *Limits._fields))
             raise ConfigError(f"task {task!r}: unknown parameter {unknown}; known: {known}")
-        whole = {k: v if k == "seconds" else int(v) for k, v in limits.items()}
+        whole: dict[str, Any] = {k: v if k == "seconds" else int(v) for k, v in limits.items()}
         self._sandbox, self._limits = sandbox, Limits()._replace(**whole)
         self.workers = workers or os.cpu_count() or 1
 
