@@ -120,6 +120,12 @@ def test_greed_is_stopped(box, attack, status):
     assert len(outcome.output) <= LIMITS.output_kb << 10
 
 
+def test_processor_time_is_bounded(box):
+    outcome = run(box, "while True: pass", LIMITS._replace(cpu_seconds=1, seconds=60.0))
+    assert outcome.status == "error"
+    assert outcome.seconds < 30
+
+
 def test_memory_of_all_processes_together_is_bounded(box):
     """Each is well below the limit."""
     attack = """
