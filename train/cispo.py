@@ -59,7 +59,7 @@ def run(cfg: JobConfig, workdir: Path) -> Job:
     if not cfg.init_from:
         raise ConfigError("cispo starts from a fine-tuned model: set init_from to its folder")
     problems, held_out = split_problems(
-        cfg.data.tasks, cfg.data.size, rl.eval_problems, cfg.seed + 1
+        cfg.data.tasks, cfg.data.size, rl.eval_problems, cfg.seed + 1, cfg.rewards
     )
     tokenizer = job_tokenizer(cfg, workdir, ())
     job = Job(cfg, workdir, tokenizer, cfg.steps * rl.updates_per_batch)

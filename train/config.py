@@ -57,7 +57,7 @@ class DataConfig:
     Attributes:
       source: "text" (files of plain text or JSONL), or "reasoning" (worked solutions of `tasks`).
       paths: For "text": files, or glob patterns.
-      tasks: For "reasoning": names known to `train.data.reasoning`.
+      tasks: For "reasoning" and cispo: tasks as docs/rewards.md names them.
       size: For "reasoning": problems to draw from.
       direct_share: For "reasoning": share of the solutions that answer without thinking, so that
         reinforcement has to find out which way pays.
@@ -113,6 +113,35 @@ class CispoConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RewardsConfig:
+    """What completions are worth; docs/rewards.md names the tasks.
+
+    Attributes:
+      correct_weight: Of the verifier's verdict.
+      format_weight: Of thinking that is closed exactly once, with an answer after it.
+      allow_unsandboxed: Where there is no sandbox, run models' programs all the same, with what
+        this process may do.
+      sandbox_python: Interpreter of models' programs; empty for this one or the system's.
+      judge_url: Endpoint of the judge, up to /v1; or judge_folder, a model folder to judge with.
+      judge_model: Its name at the endpoint.
+      judge_key: Environment variable that holds the endpoint's key; empty for none.
+      judge_tokens: Most tokens of a judge's reply.
+
+    Source: MiniMax-M1 report, section 3.1.1.
+    """
+
+    correct_weight: float = 1.0
+    format_weight: float = 0.0
+    allow_unsandboxed: bool = False
+    sandbox_python: str = ""
+    judge_url: str = ""
+    judge_folder: str = ""
+    judge_model: str = ""
+    judge_key: str = ""
+    judge_tokens: int = 2048
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """When to save, and how many to keep.
 
@@ -156,6 +185,7 @@ class JobConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     cispo: CispoConfig = dataclasses.field(default_factory=CispoConfig)
+    rewards: RewardsConfig = dataclasses.field(default_factory=RewardsConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
 
@@ -163,6 +193,7 @@ SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "optimizer": OptimizerConfig,
     "cispo": CispoConfig,
+    "rewards": RewardsConfig,
     "checkpoint": CheckpointConfig,
 }
 # Read by functions of their own.

@@ -61,7 +61,7 @@ def run(workdir: Path, seed: int, overrides: dict[str, object] | None = None) ->
 
     console.rule("3. before and after, on problems that neither job has seen")
     train_problems, held_out = split_problems(
-        cispo.data.tasks, cispo.data.size, cispo.cispo.eval_problems, cispo.seed
+        cispo.data.tasks, cispo.data.size, cispo.cispo.eval_problems, cispo.seed, cispo.rewards
     )
     common = train_problems.texts & held_out.texts
     assert not common, f"held-out problems among the training ones: {sorted(common)[:3]}"

@@ -13,7 +13,7 @@ from mmjax.engine.generate import PromptError, pad_prompts
 from mmjax.model import Decoder
 from mmjax.tokenizer import Tokenizer
 from train.data.reasoning import Problem, ReasoningProblems, prompt_text
-from train.rewards.verifiers import score_completion
+from train.rewards.scoring import score_completions
 
 
 class Rollouts(NamedTuple):
@@ -65,11 +65,9 @@ def roll_out(
         tokenizer.decode(row[:n]).removesuffix(end)
         for row, n in zip(drawn.tokens, drawn.length, strict=True)
     ]
-    scores = [
-        score_completion(problems, chosen[i // samples], text) for i, text in enumerate(texts)
-    ]
-    # A completion cut off at the limit has no answer, whatever its text looks like.
-    rewards = np.array([s.reward for s in scores], np.float32) * drawn.finished
+    asked = [problem for problem in chosen for _ in range(samples)]
+    scores = score_completions(problems, asked, texts, drawn.finished)
+    rewards = np.array([s.reward for s in scores], np.float32)
 
     def grouped(x: np.ndarray) -> np.ndarray:
         return x.reshape(len(chosen), samples, *x.shape[1:])
@@ -81,7 +79,7 @@ def roll_out(
         grouped(drawn.logprobs),
         grouped(drawn.length),
         grouped(drawn.finished),
-        grouped(rewards.astype(np.float32)),
+        grouped(rewards),
         sum(s.failed for s in scores),
         texts,
     )
