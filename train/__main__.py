@@ -9,7 +9,10 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-SECTIONS = ("model", "mesh", "sharding", "data", "optimizer", "cispo", "checkpoint")
+SECTIONS = (
+    *("model", "mesh", "sharding", "data", "optimizer", "checkpoint"),
+    *("cispo", "sampling", "curriculum", "asynchronous", "alerts"),
+)
 # Any key of the job may be set on the command line, whether or not the file names it; `build`
 # knows them all and checks them.
 _CONFIG = config_flags.DEFINE_config_file(

@@ -278,7 +278,8 @@ class Engine:
         outputs, self._ended = self._ended, []
         with self._on_mesh():
             self._admit()
-            self._prefill()
+            if self._prefill() and self._waiting:
+                self._admit()  # Those who waited for a prefix that is now kept decode along.
             outputs += self._decode()
         return outputs
 
@@ -306,6 +307,7 @@ class Engine:
             else:
                 blocked.append(sample)
                 break
+        self._memory.fork_admitted()
         self._waiting = blocked + self._waiting
 
     def _awaits(self, sample: Sample, filling: set[bytes]) -> bool:
@@ -338,17 +340,20 @@ class Engine:
         found = (self._memory.prefixes.get(digest) for _, digest in reversed(sample.digests()))
         return next((prefix for prefix in found if prefix), None)
 
-    def _prefill(self) -> None:
-        """Computes chunks of prompts, the oldest first, `prefill_chunk` tokens at most."""
+    def _prefill(self) -> bool:
+        """Computes chunks of prompts, the oldest first, `prefill_chunk` tokens at most; whether it
+        computed any.
+        """
         left = self._schedule.largest
         for sample in self._running:
             while sample.computed < sample.target:
                 end = self._schedule.end(sample.computed, sample.target)
                 size = self._schedule.size(end - sample.computed)
                 if size > left:
-                    return
+                    return True
                 left -= size
                 self._extend(sample, end, size)
+        return left < self._schedule.largest
 
     def _extend(self, sample: Sample, end: int, size: int) -> None:
         """Takes the sample's tokens up to `end` into the cache."""
