@@ -60,7 +60,7 @@ class DataConfig:
     Attributes:
       source: "text" (files of plain text or JSONL), or "reasoning" (worked solutions of `tasks`).
       paths: For "text": files, or glob patterns.
-      tasks: For "reasoning": names known to `train.data.reasoning`.
+      tasks: For "reasoning" and cispo: tasks as docs/rewards.md names them.
       size: For "reasoning": problems to draw from.
       direct_share: For "reasoning": share of the solutions that answer without thinking, so that
         reinforcement has to find out which way pays.
@@ -96,8 +96,7 @@ class CispoConfig:
       max_prompt_tokens: Longest prompt; longer ones are an error.
       max_new_tokens: Longest completion.
       temperature: Of the sampler.
-      is_weight_cap: cispo's absolute upper bound of the importance weight, 1 + ε_high of the paper's
-        eq. 5.
+      is_weight_cap: cispo's absolute upper bound of the importance weight, 1 + ε_high of eq. 5.
       is_weight_floor: cispo's absolute lower bound; 0, as in the paper, is none.
       trust_low, trust_high: cispo's unified mask, ε_low and ε_high of the paper's eq. 7; both or
         none.
@@ -178,8 +177,8 @@ class SamplingConfig:
 
     Attributes:
       rounds: Most rounds of sampling for one batch: groups without a signal are replaced by new
-        ones until the batch is full (dynamic sampling). 1 takes the first round as it comes; a batch
-        that stays short of groups is filled up with some that have no signal, and says so.
+        ones until the batch is full (dynamic sampling). 1 takes the first round as it comes. A
+        batch that stays short of groups is filled up with some that have no signal, and says so.
       overlong_tokens: Length of the last stretch before the limit in which the reward falls
         linearly, 0 for none.
       overlong_penalty: What a completion at the limit loses.
@@ -191,6 +190,7 @@ class SamplingConfig:
       retire_pass_rate: Prompts that passed at least so often are not drawn again
         (no-positive-resampling, ScaleRL: 0.9); above 1 for none.
       retire_after: Samples of a prompt before it can be retired.
+      slots: Samples that run at a time; 0 for those of a batch, 512 at most.
       windows: Stages of the longest completion, ascending, instead of max_new_tokens alone, which
         must be the last of them (M1: 40K to 80K in six).
       window_share: A stage ends when the 99th percentile of lengths is at least this share of it,
@@ -210,6 +210,7 @@ class SamplingConfig:
     repetition_probability: float = 0.99
     retire_pass_rate: float = 2.0
     retire_after: int = 16
+    slots: int = 0
     windows: tuple[int, ...] = ()
     window_share: float = 0.9
     window_tolerance: float = 0.02
@@ -247,12 +248,10 @@ class AsynchronousConfig:
         group was drawn, when the group is trained on; 0 is the synchronous mode.
       sampler_devices: The job's last devices, which sample alone while the others train; 0 for the
         same devices in turn.
-      slots: Samples that run at a time; 0 for those of one batch.
     """
 
     max_staleness: int = 0
     sampler_devices: int = 0
-    slots: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,6 +274,21 @@ class AlertsConfig:
     min_correlation: float = 0.0
     max_truncated: float = 0.0
     patience: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardsConfig:
+    """What completions are worth; docs/rewards.md names the tasks.
+
+    Attributes:
+      correct_weight: Of the verifier's verdict.
+      format_weight: Of thinking that is closed exactly once, with an answer after it.
+
+    Source: MiniMax-M1 report, section 3.1.1.
+    """
+
+    correct_weight: float = 1.0
+    format_weight: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,6 +339,7 @@ class JobConfig:
     curriculum: CurriculumConfig = dataclasses.field(default_factory=CurriculumConfig)
     asynchronous: AsynchronousConfig = dataclasses.field(default_factory=AsynchronousConfig)
     alerts: AlertsConfig = dataclasses.field(default_factory=AlertsConfig)
+    rewards: RewardsConfig = dataclasses.field(default_factory=RewardsConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
 
@@ -336,6 +351,7 @@ SECTIONS: dict[str, type] = {
     "curriculum": CurriculumConfig,
     "asynchronous": AsynchronousConfig,
     "alerts": AlertsConfig,
+    "rewards": RewardsConfig,
     "checkpoint": CheckpointConfig,
 }
 # Read by functions of their own.
@@ -534,8 +550,8 @@ def _cispo_problems(rl: CispoConfig) -> list[str]:
     return _anchor_problems(rl) + _told(
         (
             cap <= 1,
-            f"cispo.is_weight_cap {cap} is absolute, 1 + ε: at most 1 it would bind tokens that have "
-            f"not moved; for ε = {cap} write {1 + cap}",
+            f"cispo.is_weight_cap {cap} is absolute, 1 + ε: at most 1 it would bind tokens that "
+            f"have not moved; for ε = {cap} write {1 + cap}",
         ),
         (
             not 0 <= rl.is_weight_floor <= 1,
@@ -590,13 +606,13 @@ def _anchor_problems(rl: CispoConfig) -> list[str]:
     return _told(
         (
             rl.anchor == "proximal" and rl.updates_per_batch == 1,
-            "cispo.anchor 'proximal' with one update a batch makes every ratio 1, and no bound ever "
-            "binds; take 'behaviour' or more cispo.updates_per_batch",
+            "cispo.anchor 'proximal' with one update a batch makes every ratio 1, and no bound "
+            "ever binds; take 'behaviour' or more cispo.updates_per_batch",
         ),
         (
             rl.correction_cap > 0 and rl.anchor == "behaviour",
-            f"cispo.correction_cap {rl.correction_cap} corrects for the sampler, which the ratio to "
-            "anchor 'behaviour' does already; set it to 0, or anchor to 'proximal'",
+            f"cispo.correction_cap {rl.correction_cap} corrects for the sampler, which the ratio "
+            "to anchor 'behaviour' does already; set it to 0, or anchor to 'proximal'",
         ),
     )
 
@@ -627,8 +643,8 @@ def _sampling_problems(job: JobConfig) -> list[str]:
         ),
         (
             mode.sampler_devices > 0 and mode.max_staleness < 1,
-            "asynchronous.sampler_devices sample while the others train, which is asynchronous; set "
-            "asynchronous.max_staleness to at least 1",
+            "asynchronous.sampler_devices sample while the others train, which is asynchronous; "
+            "set asynchronous.max_staleness to at least 1",
         ),
     )
 

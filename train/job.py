@@ -40,12 +40,22 @@ class Job:
       workdir: Folder of the job: checkpoints, metrics, tokenizer, export.
       tokenizer: Of the data; its size raises the model's vocabulary.
       updates: Optimizer updates of the whole job, for the schedule.
+      devices: To train on; None for all.
     """
 
-    def __init__(self, cfg: JobConfig, workdir: Path, tokenizer: Tokenizer, updates: int) -> None:
+    def __init__(
+        self,
+        cfg: JobConfig,
+        workdir: Path,
+        tokenizer: Tokenizer,
+        updates: int,
+        devices: Sequence[Any] | None = None,
+    ) -> None:
         self.cfg, self.workdir, self.tokenizer = cfg, workdir, tokenizer
         self.stop_signal: int | None = None
-        self.mesh = make_mesh(cfg.mesh)
+        # Set by a step: why the job is to stop after it, with a checkpoint.
+        self.stop_reason: str | None = None
+        self.mesh = make_mesh(cfg.mesh, devices)
         batch_axes = DEFAULT_RULES.spec(("batch",), of="batch")
         self.batch_sharding = NamedSharding(self.mesh, batch_axes)
         self.optimizer = make_optimizer(cfg.optimizer, updates)
@@ -190,7 +200,7 @@ class Job:
 
             number = start
             finished = any(finish_early(values) for values in metrics.history)
-            while number < cfg.steps and not finished and self.stop_signal is None:
+            while number < cfg.steps and not (finished or self.stop_signal or self.stop_reason):
                 self.state, values = step(self.state, next(data))
                 number += 1
                 flush()

@@ -169,3 +169,51 @@ def normalise(
         return terms.sum() / (parts * max_tokens)
     sums = terms.sum((1, 2)) if how == "group_tokens" else terms.sum(2)
     return jnp.sum(sums / jnp.maximum(counts, 1)) / parts
+
+
+def clip_stats(
+    terms: Terms, advantages: Float[Array, "N G"], mask: Float[Array, "N G T"]
+) -> dict[str, jax.Array]:
+    """Mean and largest ratio; share of tokens at a bound, of those to be made likelier and of those
+    to be made less likely.
+    """
+    each = jnp.broadcast_to(advantages[:, :, None], mask.shape)
+    clipped = terms.clipped.astype(mask.dtype)
+
+    def share(of: jax.Array) -> jax.Array:
+        counted = of.astype(mask.dtype) * mask
+        return (clipped * counted).sum() / jnp.maximum(counted.sum(), 1)
+
+    return {
+        "ratio/mean": (terms.ratio * mask).sum() / jnp.maximum(mask.sum(), 1),
+        "ratio/max": (terms.ratio * mask).max(),
+        "clipped/positive": share(each > 0),
+        "clipped/negative": share(each < 0),
+    }
+
+
+def agreement(
+    logprobs: Float[Array, "N G T"], behaviour: Float[Array, "N G T"], mask: Float[Array, "N G T"]
+) -> dict[str, jax.Array]:
+    """How the trainer's probabilities of the sampled tokens agree with the sampler's: Pearson's
+    correlation, the largest and the mean difference of probabilities, the largest of log π.
+
+    Source: MiniMax-M1 report, section 3.2, figure 3.
+    """
+    trainer, sampler = jnp.exp(jax.lax.stop_gradient(logprobs)), jnp.exp(behaviour)
+    total = jnp.maximum(mask.sum(), 1)
+
+    def mean(x: jax.Array) -> jax.Array:
+        return (x * mask).sum() / total
+
+    a, b = trainer - mean(trainer), sampler - mean(sampler)
+    spread = jnp.sqrt(mean(a * a) * mean(b * b))
+    apart = jnp.abs(trainer - sampler)
+    log_apart = jnp.abs(jax.lax.stop_gradient(logprobs) - behaviour)
+    return {
+        # Where all probabilities are alike there is nothing to correlate.
+        "probability/correlation": jnp.where(spread > 0, mean(a * b) / spread, 1),
+        "probability/difference_max": (apart * mask).max(),
+        "probability/difference_mean": mean(apart),
+        "probability/log_difference_max": (log_apart * mask).max(),
+    }

@@ -466,9 +466,7 @@ class Engine:
     # Checks.
 
     def _stop_ids(self, params: SamplingParams) -> tuple[int, ...]:
-        eos = params.eos_id
-        if eos is None:
-            eos = self.cfg.eos_token_id if self.tokenizer is None else self.tokenizer.eos_id
+        eos = self.cfg.eos_token_id if self.tokenizer is None else self.tokenizer.eos_id
         own = () if params.ignore_eos or eos is None else (eos,)
         return (*own, *params.stop_ids)
 

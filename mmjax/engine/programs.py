@@ -314,9 +314,7 @@ def fork(pools: Pools, copies: jax.Array, count: jax.Array) -> Pools:
 
     def one(i: jax.Array, pools: Pools) -> Pools:
         states, pages = copies[i]
-        return Pools(
-            copy(pools.keys, pages), copy(pools.values, pages), copy(pools.state, states)
-        )
+        return Pools(copy(pools.keys, pages), copy(pools.values, pages), copy(pools.state, states))
 
     return jax.lax.fori_loop(0, count, one, pools)._pinned()
 

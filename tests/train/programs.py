@@ -6,7 +6,7 @@ import optax
 
 from tests.mmjax.programs import random_model, small_config
 from train.config import OptimizerConfig
-from train.data.reasoning import TASKS, ReasoningProblems, prompt_text, worked_solution
+from train.data.reasoning import ReasoningProblems, prompt_text, worked_solution
 from train.data.tokenizer import train_tokenizer
 from train.optimizer import make_optimizer
 
@@ -32,7 +32,7 @@ def tiny_model(vocab_size=300):
 
 
 def problems_and_tokenizer(size=40):
-    problems = ReasoningProblems(tuple(TASKS), size, seed=0)
+    problems = ReasoningProblems(("chain_sum",), size, seed=0)
     texts = [prompt_text(p) + worked_solution(p) for p in problems]
     return problems, train_tokenizer(texts, 300)
 

@@ -153,7 +153,7 @@ def test_unknown_choice_lists_the_known_ones(key, known):
 
 
 def test_unknown_reasoning_task_lists_the_known_ones():
-    with pytest.raises(ConfigError, match=r"chain_sums.*known: chain_sum"):
+    with pytest.raises(ConfigError, match=r"chain_sums.*near: chain_sum"):
         split_problems(("chain_sum", "chain_sums"), 10, 4, seed=0)
 
 

@@ -18,7 +18,6 @@ from tests.train.programs import problems_and_tokenizer
 from train import rollout
 from train.data.packing import Example, packed_batches
 from train.data.reasoning import (
-    TASKS,
     ReasoningProblems,
     prompt_text,
     split_problems,
@@ -27,7 +26,8 @@ from train.data.reasoning import (
 from train.data.text import read_documents
 from train.data.tokenizer import train_tokenizer
 from train.pretrain import _pieces
-from train.rewards.verifiers import Score, score_completion
+from train.rewards.gym import GymSource
+from train.rewards.scoring import Score, score_completions
 from train.rollout import roll_out
 
 LENGTH = 16
@@ -166,7 +166,15 @@ def test_files_without_text(tmp_path):
 
 # Problems.
 
-ALL = tuple(TASKS)
+ALL = ("chain_sum",)
+RIGHT = Score(1.0, False, {"format": 1.0, "correct": 1.0})
+WRONG = Score(0.0, False, {"format": 1.0, "correct": 0.0})
+FORMLESS = Score(0.0, False, {"format": 0.0, "correct": 0.0})
+
+
+def scored(problems, problem, text, finished=True):
+    (score,) = score_completions(problems, [problem], [text], [finished])
+    return score
 
 
 @pytest.mark.parametrize("seed", [0, 1, 10**6])
@@ -207,7 +215,7 @@ def test_worked_solutions_satisfy_the_verifier(task, thinking):
         thought, answer = split_thinking(text)
         assert bool(thought) == thinking
         assert problems.score(problem, answer) == 1.0, text
-        assert score_completion(problems, problem, text) == Score(1.0, False)
+        assert scored(problems, problem, text) == RIGHT
 
 
 def test_solution_of_another_problem_scores_nothing():
@@ -215,7 +223,7 @@ def test_solution_of_another_problem_scores_nothing():
     first = problems[0]
     other = next(p for p in problems if p.answer != first.answer)
     text = worked_solution(other).removesuffix(EOS)
-    assert score_completion(problems, first, text) == Score(0.0, False)
+    assert scored(problems, first, text) == WRONG
 
 
 @pytest.mark.parametrize("text", ["{answer}", "<think>\n{answer}", ""])
@@ -223,7 +231,7 @@ def test_thinking_that_is_not_closed_scores_nothing(text):
     problems = ReasoningProblems(ALL, 1, seed=0)
     text = text.format(answer=problems[0].answer)
     assert split_thinking(text) == (None, "")
-    assert score_completion(problems, problems[0], text) == Score(0.0, False)
+    assert scored(problems, problems[0], text) == FORMLESS
 
 
 def test_thinking_is_split_from_the_answer():
@@ -284,14 +292,14 @@ def test_completion_cut_off_at_the_limit_scores_nothing(monkeypatch):
 
 def test_verifier_that_raises_costs_its_own_sample_alone(monkeypatch):
     problems, _ = problems_and_tokenizer()
-    score = problems.score
+    score = GymSource.score
 
-    def raising(problem, answer):
+    def raising(source, problem, answer):
         if answer == "12345" and problem == problems[0]:
             raise RuntimeError("verifier broke")
-        return score(problem, answer)
+        return score(source, problem, answer)
 
-    monkeypatch.setattr(problems, "score", raising)
+    monkeypatch.setattr(GymSource, "score", raising)
     done = rollouts(monkeypatch, right_and_wrong(problems), problems=problems)
     np.testing.assert_array_equal(done.rewards, [[1, 0], [0, 1]])
     assert done.failures == 1

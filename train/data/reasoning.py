@@ -1,47 +1,30 @@
-"""Reasoning problems of the package reasoning-gym, with worked solutions for fine-tuning.
-
-Every problem is scored by its own verifier in reasoning-gym; only the worked solutions, which
-show a first way of thinking, are written here.
-"""
+"""Problems of the tasks that a config names, with worked solutions where a task has them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
-
-import reasoning_gym
+from collections.abc import Iterator, Mapping, Sequence
 
 from mmjax.chat import THINK_END, THINK_START, render_chat
 from mmjax.config import ConfigError
 from mmjax.tokenizer import EOS
-
-
-class Problem(NamedTuple):
-    """task: name in `TASKS`; question; answer; entry: what the verifier wants back."""
-
-    task: str
-    question: str
-    answer: str
-    entry: dict[str, Any]
-
-
-class _Task(NamedTuple):
-    dataset: str
-    params: dict[str, Any]
-    think: Callable[[str], str]
+from train.config import RewardsConfig
+from train.data.sources import Family, Problem, Source, parse_task
+from train.data.worked import WORKED
 
 
 class ReasoningProblems:
     """Distinct problems of several tasks, in turn.
 
     Args:
-      tasks: Names in `TASKS`.
+      tasks: As `parse_task` reads them.
       size: Problems to draw; repeated texts are left out, so there can be fewer.
       seed: Of the generators.
       exclude: Texts that must not appear, those of a held-out set.
+      rewards: How answers are scored.
+      held_out: Whether these are the problems to evaluate on.
 
     Raises:
-      ConfigError: an unknown task.
+      ConfigError: an unknown task, parameters that it does not take, a file that cannot be read.
     """
 
     def __init__(
@@ -50,25 +33,25 @@ class ReasoningProblems:
         size: int,
         seed: int,
         exclude: frozenset[str] = frozenset(),
+        *,
+        rewards: RewardsConfig | None = None,
+        held_out: bool = False,
     ) -> None:
-        unknown = sorted(set(tasks) - set(TASKS))
-        if unknown:
-            raise ConfigError(f"unknown reasoning task {unknown}; known: {', '.join(TASKS)}")
-        share = -(-size // len(tasks))
-        self._datasets = {
-            name: reasoning_gym.create_dataset(
-                TASKS[name].dataset, size=share, seed=seed, **TASKS[name].params
-            )
-            for name in tasks
+        rewards = rewards or RewardsConfig()
+        self.weights: Mapping[str, float] = {
+            "format": rewards.format_weight,
+            "correct": rewards.correct_weight,
         }
+        self._sources = {task: open_source(task, rewards) for task in tasks}
+        share = -(-size // len(self._sources))
+        drawn = [s.draw(share, seed, held_out=held_out) for s in self._sources.values()]
         seen = set(exclude)
         self._problems: list[Problem] = []
         for i in range(size):
-            name = tasks[i % len(tasks)]
-            entry = self._datasets[name][i // len(tasks)]
-            if entry["question"] not in seen:
-                seen.add(entry["question"])
-                self._problems.append(Problem(name, entry["question"], entry["answer"], entry))
+            problem = next(drawn[i % len(drawn)], None)
+            if problem is not None and problem.question not in seen:
+                seen.add(problem.question)
+                self._problems.append(problem)
 
     def __len__(self) -> int:
         return len(self._problems)
@@ -84,24 +67,50 @@ class ReasoningProblems:
         """All questions."""
         return frozenset(p.question for p in self._problems)
 
+    @property
+    def families(self) -> dict[str, Family]:
+        """Of each task: "rule", or "general" where a model judges."""
+        return {task: source.family for task, source in self._sources.items()}
+
     def score(self, problem: Problem, answer: str) -> float:
-        """The verifier's score of an answer, 0 to 1."""
-        return float(self._datasets[problem.task].score_answer(answer, problem.entry))
+        """The verifier's verdict on an answer, 0 or 1 (-1 to 1 where answers are compared)."""
+        return self._sources[problem.task].score(problem, answer)
+
+    def score_all(self, task: str, asked: Sequence[tuple[Problem, str]]) -> list[float | Exception]:
+        """Verdicts on answers to problems of one task, or what scoring one raised."""
+        return self._sources[task].score_all(asked)
+
+
+def open_source(task: str, rewards: RewardsConfig) -> Source:
+    """The source of a task as a config names it.
+
+    Raises:
+      ConfigError: an unknown task, or parameters that it does not take.
+    """
+    name, params = parse_task(task)
+    from train.rewards.gym import GymSource  # takes seconds
+
+    return GymSource(task, name, params)
 
 
 def split_problems(
-    tasks: Sequence[str], size: int, held_out: int, seed: int
+    tasks: Sequence[str],
+    size: int,
+    held_out: int,
+    seed: int,
+    rewards: RewardsConfig | None = None,
 ) -> tuple[ReasoningProblems, ReasoningProblems]:
     """Training and held-out problems, of different seeds and without a common text.
 
     Args:
-      tasks: Names in `TASKS`.
+      tasks: As `parse_task` reads them.
       size: Training problems to draw.
       held_out: Held-out problems to draw.
       seed: Of the training problems; the held-out ones are the same for every seed.
+      rewards: How answers are scored.
     """
-    test = ReasoningProblems(tasks, held_out, seed=10**6)
-    train = ReasoningProblems(tasks, size, seed=seed, exclude=test.texts)
+    test = ReasoningProblems(tasks, held_out, 10**6, rewards=rewards, held_out=True)
+    train = ReasoningProblems(tasks, size, seed, test.texts, rewards=rewards)
     if train.texts & test.texts:
         raise AssertionError("training and held-out problems share a text")
     return train, test
@@ -113,27 +122,16 @@ def prompt_text(problem: Problem) -> str:
 
 
 def worked_solution(problem: Problem, *, thinking: bool = True) -> str:
-    """A solution as the assistant would write it, its thinking left empty if so wanted."""
-    think = TASKS[problem.task].think(problem.question) if thinking else ""
-    return f"{THINK_START}{think}{THINK_END}\n\n{problem.answer}{EOS}"
+    """A solution as the assistant would write it, its thinking left empty if so wanted.
 
-
-def _think_chain(question: str) -> str:
-    """Running totals from the left: `3+8=11`, then `11-2=9`."""
-    expression = question.rpartition(":")[2].strip(" =")
-    total, *rest = expression.split()
-    lines = []
-    for sign, term in zip(rest[::2], rest[1::2], strict=True):
-        value = int(total) + (int(term) if sign == "+" else -int(term))
-        lines.append(f"{total}{sign}{term}={value}\n")
-        total = str(value)
-    return "".join(lines)
-
-
-TASKS: dict[str, _Task] = {
-    "chain_sum": _Task(
-        "chain_sum",
-        {"min_terms": 4, "max_terms": 4, "min_digits": 1, "max_digits": 1},
-        _think_chain,
-    ),
-}
+    Raises:
+      ConfigError: the task has no worked solutions.
+    """
+    name, _ = parse_task(problem.task)
+    if name not in WORKED:
+        raise ConfigError(
+            f"task {problem.task!r} has no worked solutions to fine-tune on; "
+            f"tasks that have: {', '.join(WORKED)}"
+        )
+    steps = WORKED[name].think(problem.question) if thinking else ""
+    return f"{THINK_START}{steps}{THINK_END}\n\n{problem.answer}{EOS}"
