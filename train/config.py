@@ -283,12 +283,26 @@ class RewardsConfig:
     Attributes:
       correct_weight: Of the verifier's verdict.
       format_weight: Of thinking that is closed exactly once, with an answer after it.
+      allow_unsandboxed: Where there is no sandbox, run models' programs all the same, with what
+        this process may do.
+      sandbox_python: Interpreter of models' programs; empty for this one or the system's.
+      judge_url: Endpoint of the judge, up to /v1; or judge_folder, a model folder to judge with.
+      judge_model: Its name at the endpoint.
+      judge_key: Environment variable that holds the endpoint's key; empty for none.
+      judge_tokens: Most tokens of a judge's reply.
 
     Source: MiniMax-M1 report, section 3.1.1.
     """
 
     correct_weight: float = 1.0
     format_weight: float = 0.0
+    allow_unsandboxed: bool = False
+    sandbox_python: str = ""
+    judge_url: str = ""
+    judge_folder: str = ""
+    judge_model: str = ""
+    judge_key: str = ""
+    judge_tokens: int = 2048
 
 
 @dataclasses.dataclass(frozen=True)

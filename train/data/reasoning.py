@@ -8,8 +8,9 @@ from mmjax.chat import THINK_END, THINK_START, render_chat
 from mmjax.config import ConfigError
 from mmjax.tokenizer import EOS
 from train.config import RewardsConfig
-from train.data.sources import Family, Problem, Source, parse_task
+from train.data.sources import Family, Problem, parse_task
 from train.data.worked import WORKED
+from train.rewards.sources import open_source
 
 
 class ReasoningProblems:
@@ -72,6 +73,13 @@ class ReasoningProblems:
         """Of each task: "rule", or "general" where a model judges."""
         return {task: source.family for task, source in self._sources.items()}
 
+    def metrics(self) -> dict[str, float]:
+        """What the scoring watches about itself, by task: of judges, their bias for length."""
+        watched = {task: source.metrics() for task, source in self._sources.items()}
+        return {
+            f"judge/{t}/{name}": x for t, values in watched.items() for name, x in values.items()
+        }
+
     def score(self, problem: Problem, answer: str) -> float:
         """The verifier's verdict on an answer, 0 or 1 (-1 to 1 where answers are compared)."""
         return self._sources[problem.task].score(problem, answer)
@@ -79,18 +87,6 @@ class ReasoningProblems:
     def score_all(self, task: str, asked: Sequence[tuple[Problem, str]]) -> list[float | Exception]:
         """Verdicts on answers to problems of one task, or what scoring one raised."""
         return self._sources[task].score_all(asked)
-
-
-def open_source(task: str, rewards: RewardsConfig) -> Source:
-    """The source of a task as a config names it.
-
-    Raises:
-      ConfigError: an unknown task, or parameters that it does not take.
-    """
-    name, params = parse_task(task)
-    from train.rewards.gym import GymSource  # takes seconds
-
-    return GymSource(task, name, params)
 
 
 def split_problems(

@@ -6,7 +6,7 @@ import abc
 import ast
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mmjax.config import ConfigError
 
@@ -29,7 +29,7 @@ class Source(abc.ABC):
     workers: Answers that are scored side by side; more than one where scoring waits for others.
     """
 
-    family: ClassVar[Family] = "rule"
+    family: Family = "rule"
     workers: int = 1
 
     def __init__(self, task: str) -> None:
@@ -49,6 +49,10 @@ class Source(abc.ABC):
             return [self._caught(one) for one in asked]
         with ThreadPoolExecutor(self.workers) as pool:
             return list(pool.map(self._caught, asked))
+
+    def metrics(self) -> dict[str, float]:
+        """What a source watches about its own scores."""
+        return {}
 
     def _caught(self, asked: tuple[Problem, str]) -> float | Exception:
         try:

@@ -1,8 +1,9 @@
-"""Any dataset of the package reasoning-gym, scored by its own verifier."""
+"""Any dataset of the package reasoning-gym, scored by its own verifier or by `gym_rules`."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,11 @@ from reasoning_gym.factory import DATASETS
 from mmjax.config import ConfigError
 from train.data.sources import Problem, Source
 from train.data.worked import WORKED
+from train.rewards.gym_rules import RULES
+
+_MAX_LENGTH = 20_000
+# Numbers that take minutes and gigabytes to write out, such as 1e999999999.
+_GIANT = re.compile(r"\d[eE][+-]?\d{4}")
 
 
 class GymSource(Source):
@@ -46,6 +52,10 @@ class GymSource(Source):
 
     def score(self, problem: Problem, answer: str) -> float:
         """Right or wrong; what reasoning-gym gives for less than right counts as wrong."""
+        if len(answer) > _MAX_LENGTH or _GIANT.search(answer):
+            return 0.0
+        if self._name in RULES:
+            return float(RULES[self._name](problem, answer))
         return float(self._dataset.score_answer(answer, problem.entry) >= 1.0)
 
     def _create(self, size: int, seed: int) -> Any:
