@@ -137,7 +137,7 @@ class Loop:
 
     def _ask(self, number: int, problem: int, limit: int) -> Asked:
         """A group; its draws depend on the job's seed and its number alone."""
-        prompt = encode_prompt(self._sampler.tokenizer, self._problems[problem])
+        prompt = encode_prompt(self._job.tokenizer, self._problems[problem])
         seed = (self._cfg.seed << 40) + number
         return Asked(number, problem, prompt, self._sampler.params(seed, self._windows.limit))
 
@@ -151,7 +151,7 @@ class Loop:
         if not groups:
             return []
         cfg, limit = self._cfg, self._windows.limit
-        done = score(groups, self._problems, self._sampler.tokenizer, cfg.sampling, limit)
+        done = score(groups, self._problems, self._job.tokenizer, cfg.sampling, limit)
         for group in done:
             self._curriculum.rates.record(group.problem, passed(group))
         self._seen += done
@@ -258,7 +258,9 @@ class Loop:
     def _evaluate(self, name: str) -> dict[str, float]:
         """Greedy accuracy on the held-out problems, of all tasks and of each."""
         rl, sampling = self._cfg.cispo, self._cfg.sampling
-        groups = evaluate(self._sampler, self._held_out, sampling, rl.max_new_tokens)
+        groups = evaluate(
+            self._sampler, self._job.tokenizer, self._held_out, sampling, rl.max_new_tokens
+        )
         self._write("held-out", self._step, groups, self._held_out)
         rates = task_rates(groups, self._held_out) if len(self._held_out.families) > 1 else {}
         return {name: accuracy(groups)} | {f"{name}/{task}": x for task, x in rates.items()}
@@ -267,7 +269,7 @@ class Loop:
         self, kind: str, step: int, groups: Sequence[Group], problems: ReasoningProblems
     ) -> None:
         assert self._transcripts is not None
-        self._transcripts.write(step, kind, groups, problems, self._sampler.tokenizer)
+        self._transcripts.write(step, kind, groups, problems, self._job.tokenizer)
 
 
 class Clock:

@@ -136,8 +136,9 @@ def _finish(stop_signal: int | None) -> None:
 def _answers(folder: Path, problems: ReasoningProblems, cfg: JobConfig) -> list[Group]:
     """Greedy completions of all problems by the model in a folder."""
     mesh = make_mesh(devices=jax.devices()[:1])
-    sampler = Sampler(mmjax.load(folder), Tokenizer.load(folder), cfg, mesh)
-    return evaluate(sampler, problems, cfg.sampling, cfg.cispo.max_new_tokens)
+    tokenizer = Tokenizer.load(folder)
+    sampler = Sampler(mmjax.load(folder), tokenizer, cfg, mesh)
+    return evaluate(sampler, tokenizer, problems, cfg.sampling, cfg.cispo.max_new_tokens)
 
 
 def _write_transcripts(

@@ -87,14 +87,16 @@ class Sampler:
 
     Args:
       model: With the weights to begin with; its structure stays.
-      tokenizer: Of the model.
+      tokenizer: Of the model; None where prompts are ids and nothing is interrupted.
       cfg: Of the job.
       mesh: Where the engine lies; weights are moved there, whatever mesh they come from.
     """
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, cfg: JobConfig, mesh: Mesh) -> None:
+    def __init__(
+        self, model: Decoder, tokenizer: Tokenizer | None, cfg: JobConfig, mesh: Mesh
+    ) -> None:
         rl = cfg.cispo
-        self.tokenizer, self.version = tokenizer, 0
+        self._tokenizer, self.version = tokenizer, 0
         self._mesh, self._rl, self._sampling = mesh, rl, cfg.sampling
         graphdef, params = nnx.split(model)
         self._where = param_shardings(params, mesh, SERVING_RULES)
@@ -228,9 +230,12 @@ class Sampler:
     def _forced(self, ids: list[int]) -> tuple[int, int]:
         """The stretch of tokens that closed the thinking part by force."""
         budget = self._sampling.thinking_budget
-        if not budget or len(ids) <= budget or THINK_END in self.tokenizer.decode(ids[:budget]):
+        tokenizer = self._tokenizer
+        if not budget or tokenizer is None or len(ids) <= budget:
             return 0, 0
-        return budget, budget + len(self.tokenizer.encode(CLOSING))
+        if THINK_END in tokenizer.decode(ids[:budget]):
+            return 0, 0
+        return budget, budget + len(tokenizer.encode(CLOSING))
 
 
 def _halt(sampling: SamplingConfig) -> RepetitionHalt | None:
@@ -304,16 +309,20 @@ def overlong_penalty(lengths: np.ndarray, sampling: SamplingConfig, limit: int) 
 
 
 def evaluate(
-    sampler: Sampler, problems: ReasoningProblems, sampling: SamplingConfig, limit: int
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    problems: ReasoningProblems,
+    sampling: SamplingConfig,
+    limit: int,
 ) -> list[Group]:
     """Greedy answers to all problems, one a group, scored without penalty."""
     asked = [
-        Asked(-1 - i, i, encode_prompt(sampler.tokenizer, problem), sampler.greedy())
+        Asked(-1 - i, i, encode_prompt(tokenizer, problem), sampler.greedy())
         for i, problem in enumerate(problems)
     ]
     groups = sampler.sample(asked)
     free = dataclasses.replace(sampling, overlong_tokens=0)
-    return score(groups, problems, sampler.tokenizer, free, limit)
+    return score(groups, problems, tokenizer, free, limit)
 
 
 def accuracy(groups: Sequence[Group]) -> float:

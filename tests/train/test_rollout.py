@@ -92,7 +92,7 @@ def test_tokens_tell_the_weights_that_drew_them(sampler):
 
 def test_groups_that_end_during_an_evaluation_are_not_lost(sampler):
     sampler.add(ask(sampler, 5))
-    answers = evaluate(sampler, PROBLEMS, SAMPLING, CFG.max_new_tokens)
+    answers = evaluate(sampler, TOKENIZER, PROBLEMS, SAMPLING, CFG.max_new_tokens)
     assert [g.problem for g in answers] == list(range(8))
     assert all(len(g.lengths) == 1 for g in answers)
     done = []
