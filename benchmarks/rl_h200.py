@@ -4,10 +4,11 @@
     python -m benchmarks.rl_h200 compare --out runs/rl --algorithms cispo --seeds 0 1 2
     python -m benchmarks.rl_h200 agreement --out runs/rl
 
-`start` fine-tunes the small model that the others begin with. `compare` runs each algorithm with each seed for the same number of rollout batches of 16 updates, adds to curves.json,
-and draws curves.html of all that is in it: held-out accuracy, its mean and spread over the seeds.
-`agreement` prints the correlation of the sampler's and the trainer's probabilities in bfloat16 with
-the LM head in bfloat16 and in float32, and at learning rate 0 the drift by position up to 8K tokens.
+`start` fine-tunes the small model that the others begin with. `compare` runs each algorithm with
+each seed for the same number of rollout batches of 16 updates, adds to curves.json, and draws
+curves.html of all that is in it: held-out accuracy, its mean and spread over the seeds. `agreement`
+prints the correlation of the sampler's and the trainer's probabilities in bfloat16 with the LM head
+in bfloat16 and in float32, and at learning rate 0 the drift by position up to 8K tokens.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ class Loop:
         """A group; its draws depend on the job's seed and its number alone."""
         prompt = encode_prompt(self._job.tokenizer, self._problems[problem])
         seed = (self._cfg.seed << 40) + number
-        return Asked(number, problem, prompt, self._sampler.params(seed, self._windows.limit))
+        return Asked(number, problem, prompt, self._sampler.params(seed, limit))
 
     def _ask_next(self) -> Asked:
         (problem,) = self._curriculum.draw(1, self._step)
@@ -185,9 +185,9 @@ class Loop:
         asynchronous = self._cfg.asynchronous.max_staleness > 0
         taken = self._pipeline.batch(self._step, self._poll) if asynchronous else self._in_rounds()
         clock.take("sample")
-        metrics |= self._notice(taken)
         self._give_weights()  # The update is about to eat them.
         self._check(self._step)
+        metrics |= self._notice(taken)
         state, updated = self._update(state, taken)
         self._step += 1
         self._fresh, self._unchecked = state.params, updated
@@ -204,7 +204,8 @@ class Loop:
 
     def _notice(self, taken: list[Group]) -> dict[str, Any]:
         """Metrics and transcripts of a batch; moves the curriculum on."""
-        seen, self._seen = self._seen, []
+        # Of a batch that was there already, nothing has been sampled since the last.
+        seen, self._seen = self._seen or taken, []
         rates = task_rates(seen, self._problems)
         self._curriculum.rates.record_tasks(rates)
         metrics = rollout_metrics(seen, taken, self._step)

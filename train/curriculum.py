@@ -73,6 +73,7 @@ class Curriculum:
         self.rates = PassRates(cfg.memory)
         self._drawn = 0
         self._places = dict.fromkeys(self._members, 0)
+        self._orders: dict[str, tuple[int, np.ndarray]] = {}
 
     def draw(self, count: int, batch: int) -> list[int]:
         """Indices of the next prompts.
@@ -111,10 +112,17 @@ class Curriculum:
         for _ in range(len(members)):
             epoch, place = divmod(self._places[name], len(members))
             self._places[name] += 1
-            order = np.random.default_rng([self._seed, epoch, len(members)]).permutation(members)
-            if not self._retired(int(order[place])):
-                return int(order[place])
-        return int(order[place])
+            index = int(self._order(name, epoch)[place])
+            if not self._retired(index):
+                return index
+        return index
+
+    def _order(self, name: str, epoch: int) -> np.ndarray:
+        """A task's prompts as they come in an epoch."""
+        if name not in self._orders or self._orders[name][0] != epoch:
+            random = np.random.default_rng([self._seed, epoch, len(self._members[name])])
+            self._orders[name] = epoch, random.permutation(self._members[name])
+        return self._orders[name][1]
 
     def _retired(self, index: int) -> bool:
         rate, tries = self.rates.of(index)

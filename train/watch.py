@@ -136,12 +136,12 @@ class Transcripts:
     Args:
       workdir: Folder of the job.
       start: Step that the job goes on from; lines of later ones, which a killed run wrote, are
-        taken out.
+        taken out, at 0 all.
     """
 
     def __init__(self, workdir: Path, start: int) -> None:
         path = workdir / "transcripts.jsonl"
-        kept = [x for x in read_transcripts(workdir) if x["step"] <= start]
+        kept = [x for x in read_transcripts(workdir) if 0 < start >= x["step"]]
         replacement = path.with_suffix(".tmp")
         replacement.write_text("".join(json.dumps(x) + "\n" for x in kept))
         os.replace(replacement, path)

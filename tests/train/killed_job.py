@@ -14,12 +14,14 @@ from pathlib import Path
 
 import jax
 
+import mmjax
 from mmjax.config import ModelConfig
 from train import checkpoint, cispo, rollout, watch
 from train import config as job_config
 from train.data import reasoning
 from train.data.reasoning import Problem
 from train.data.tokenizer import train_tokenizer
+from train.job import Job
 from train.rewards.scoring import Score
 
 STEPS, DEATHS = 10, 20
@@ -92,6 +94,15 @@ PLACES = {
 }
 
 
+def make_start(folder):
+    """The model that runs begin with."""
+    tokenizer = train_tokenizer([reasoning.prompt_text(p) for p in Problems(0, 200)], 300)
+    tokenizer.save(folder / "tokenizer")
+    blank = job_config.JobConfig("sft", 1, model=job(folder).model)
+    model = Job(blank, folder / "made", tokenizer, 1).model
+    mmjax.save(model, folder / "start", "hf", tokenizer_from=folder / "tokenizer")
+
+
 def live(folder, workdir, death):
     """One life, in a process of its own."""
     jax.config.update("jax_platforms", "cpu")
@@ -100,15 +111,7 @@ def live(folder, workdir, death):
     cispo.split_problems = lambda *_: (Problems(100, 24), Problems(10, 4))
     rollout.score_completions = parity
     if not (folder / "start").exists():
-        texts = [reasoning.prompt_text(p) for p in Problems(0, 200)]
-        import mmjax
-        from train.job import Job
-
-        tokenizer = train_tokenizer(texts, 300)
-        start = job_config.JobConfig("sft", 1, model=job(folder).model)
-        tokenizer.save(folder / "tokenizer")
-        model = Job(start, folder / "made", tokenizer, 1).model
-        mmjax.save(model, folder / "start", "hf", tokenizer_from=folder / "tokenizer")
+        make_start(folder)
     if death:
         kill_at(*death)
     ended = cispo.run(job(folder), workdir)
