@@ -28,7 +28,8 @@ from mmjax import Decoder, HybridCache, ModelConfig
 from mmjax.sharding import make_mesh
 from train.batches import minibatches
 from train.cispo import cispo_step
-from train.config import CispoConfig, JobConfig
+from train.cispo_config import CispoConfig
+from train.config import JobConfig
 from train.rollout import Asked, Sampler
 from train.state import init_state
 

@@ -34,7 +34,8 @@ from mmjax.engine import Engine, SamplingParams
 from mmjax.model import Decoder
 from train.batches import Batch
 from train.cispo import policy_logprobs
-from train.config import CispoConfig, JobConfig, build
+from train.cispo_config import CispoConfig
+from train.config import JobConfig, build
 from train.metrics import read_metrics
 from train.policy_losses import agreement
 from train.report import figure

@@ -25,7 +25,7 @@ def group_advantages(
 
     Args:
       rewards: Of N groups of G samples.
-      scale: One of `train.config.SCALES`.
+      scale: One of `train.cispo_config.SCALES`.
 
     Source: MiniMax-M1 report, eq. 5; ScaleRL (arXiv 2510.13786); Dr. GRPO (arXiv 2503.20783).
     """

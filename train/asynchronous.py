@@ -105,8 +105,9 @@ def pack_group(group: Group) -> str:
     arrays = {k: v for k, v in group._asdict().items() if isinstance(v, np.ndarray)}
     arrays |= {f"component/{name}": x for name, x in group.components.items()}
     rest = [group.number, group.problem, list(group.reasons), group.failures]
+    arrays["rest"] = np.array(json.dumps(rest))
     file = io.BytesIO()
-    np.savez_compressed(file, rest=np.array(json.dumps(rest)), **arrays)
+    np.savez_compressed(file, allow_pickle=False, **arrays)
     return base64.b64encode(file.getvalue()).decode()
 
 

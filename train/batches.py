@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from train.advantages import group_advantages, has_signal
-from train.config import CispoConfig
+from train.cispo_config import CispoConfig
 from train.rollout import Group
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,14 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
-from mmjax.config import ConfigError
+from mmjax.config import ConfigError, ModelConfig
 from mmjax.model import Decoder
 from mmjax.sharding import make_mesh
 from train import policy_losses
 from train.asynchronous import Pipeline
 from train.batches import Batch, minibatches
-from train.config import CispoConfig, JobConfig
+from train.cispo_config import CispoConfig
+from train.config import JobConfig
 from train.curriculum import Curriculum, Windows
 from train.data.reasoning import ReasoningProblems, split_problems
 from train.job import Job, Scalars
@@ -53,7 +56,7 @@ def run(cfg: JobConfig, workdir: Path) -> Job:
     tokenizer = job_tokenizer(cfg, workdir, ())
     training, sampling = split_devices(cfg)
     job = Job(cfg, workdir, tokenizer, cfg.steps * rl.updates_per_batch, training)
-    mesh = job.mesh if sampling is training else make_mesh({"model": len(sampling)}, sampling)
+    mesh = job.mesh if sampling is training else serving_mesh(job.model_cfg, sampling)
     sampler = Sampler(job.model, tokenizer, cfg, mesh)
     loop = Loop(job, sampler, problems, held_out)
     job.run(loop, loop.step, finish_early=partial(_reached, target=rl.target_accuracy))
@@ -73,6 +76,13 @@ def split_devices(cfg: JobConfig) -> tuple[list[Any], list[Any]]:
             f"asynchronous.sampler_devices {apart} leaves none of {len(devices)} devices to train"
         )
     return (devices[:-apart], devices[-apart:]) if apart else (devices, devices)
+
+
+def serving_mesh(model: ModelConfig, devices: Sequence[Any]) -> Mesh:
+    """A mesh to decode on: over KV heads as far as they divide, then over experts."""
+    heads = math.gcd(len(devices), model.num_kv_heads)
+    experts = math.gcd(len(devices) // heads, model.num_experts)
+    return make_mesh({"model": heads, "expert": experts, "data": -1}, devices)
 
 
 class Loop:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from train.config import CurriculumConfig, SamplingConfig
+from train.cispo_config import CurriculumConfig, SamplingConfig
 
 # Share of a task whose pass rate is 0 or 1 beside one at 1/2: so that a change is noticed.
 _LEAST = 0.05

@@ -154,7 +154,7 @@ def normalise(
       objective: x.
       mask: m, 1 for tokens that count.
       lengths: |o_i|.
-      how: One of `train.config.NORMALISERS`.
+      how: One of `train.cispo_config.NORMALISERS`.
       max_tokens: Longest completion.
     """
     terms = objective * mask

@@ -17,7 +17,8 @@ from mmjax.engine.sample import CLOSING
 from mmjax.model import Decoder
 from mmjax.sharding import SERVING_RULES, param_shardings
 from mmjax.tokenizer import Tokenizer
-from train.config import JobConfig, SamplingConfig
+from train.cispo_config import SamplingConfig
+from train.config import JobConfig
 from train.data.reasoning import Problem, ReasoningProblems, prompt_text
 from train.rewards.scoring import score_completions
 
@@ -203,7 +204,7 @@ class Sampler:
         lengths = np.array([len(c.token_ids) for c in done], np.int32)
 
         def rows(values: list[list[float]], dtype: type) -> np.ndarray:
-            out = np.zeros((len(done), int(lengths.max())), dtype)
+            out: np.ndarray = np.zeros((len(done), int(lengths.max())), dtype)
             for row, value in zip(out, values, strict=True):
                 row[: len(value)] = value
             return out

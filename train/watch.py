@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.tokenizer import Tokenizer
-from train.config import AlertsConfig
+from train.cispo_config import AlertsConfig
 from train.data.reasoning import ReasoningProblems
 from train.rollout import Group, passed, texts_of
 

@@ -15,7 +15,8 @@ from tests.train.programs import adamw, assert_same, tiny_model
 from train import cispo, rollout
 from train import job as train_job
 from train.asynchronous import Pipeline, pack_group, unpack_group
-from train.config import AsynchronousConfig, CispoConfig, JobConfig, SamplingConfig
+from train.cispo_config import AsynchronousConfig, CispoConfig, SamplingConfig
+from train.config import JobConfig
 from train.metrics import read_metrics
 from train.rollout import Asked, Sampler
 

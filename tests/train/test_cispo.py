@@ -17,7 +17,8 @@ from tests.train.programs import (
 )
 from train.batches import Batch, bucket, minibatches
 from train.cispo import cispo_step, policy_logprobs
-from train.config import CispoConfig, JobConfig
+from train.cispo_config import CispoConfig
+from train.config import JobConfig
 from train.rollout import Asked, Group, Sampler, encode_prompt
 from train.state import init_state
 

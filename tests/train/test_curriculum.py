@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 
-from train.config import CurriculumConfig, SamplingConfig
+from train.cispo_config import CurriculumConfig, SamplingConfig
 from train.curriculum import Curriculum, Windows
 
 TASKS = ["sum"] * 20 + ["sort"] * 10 + ["essay"] * 10

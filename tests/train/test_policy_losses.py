@@ -10,7 +10,7 @@ import pytest
 from train.advantages import group_advantages, has_signal
 from train.batches import Batch
 from train.cispo import policy_loss
-from train.config import NORMALISERS, CispoConfig
+from train.cispo_config import NORMALISERS, CispoConfig
 from train.policy_losses import agreement, cispo, clip_stats
 
 CAP = 2.0

@@ -12,7 +12,8 @@ from mmjax.engine import RequestError
 from mmjax.engine.sample import CLOSING
 from mmjax.sharding import make_mesh
 from tests.train.programs import problems_and_tokenizer, tiny_model
-from train.config import CispoConfig, JobConfig, SamplingConfig
+from train.cispo_config import CispoConfig, SamplingConfig
+from train.config import JobConfig
 from train.rollout import Asked, Sampler, evaluate, overlong_penalty, passed, score, texts_of
 
 PROBLEMS, TOKENIZER = problems_and_tokenizer(8)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.train.programs import problems_and_tokenizer
 from tests.train.test_cispo import made_up
-from train.config import AlertsConfig
+from train.cispo_config import AlertsConfig
 from train.report import main, write_report
 from train.watch import Health, Transcripts, read_transcripts, rollout_metrics, task_rates
 
