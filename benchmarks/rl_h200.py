@@ -54,6 +54,8 @@ MODEL = {
     "head_dim": 64,
     "rotary_dim": 32,
     "vocab_size": 384,
+    "dtype": "bfloat16",
+    "param_dtype": "float32",
 }
 TASK = "chain_sum(min_terms=5, max_terms=5, min_digits=1, max_digits=2)"
 
@@ -96,6 +98,7 @@ def job(stage: str, out: Path, **changes: object) -> JobConfig:
     )
     if stage == "cispo":
         config.init_from = str(out / "start" / "model")
+        config.activations = "bfloat16"
     config.update_from_flattened_dict(changes)
     return build(config)
 

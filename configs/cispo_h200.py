@@ -83,6 +83,7 @@ def get_config(stage: str = "cispo") -> ConfigDict:
     else:
         config.steps = 120
         config.init_from = "runs/cispo_h200/sft/model"
+        config.activations = "bfloat16"  # The folder has float32 weights.
         config.optimizer.learning_rate = 2e-5
         config.optimizer.warmup_steps = 32
         config.checkpoint.every = 40

@@ -145,6 +145,8 @@ class JobConfig:
       seed: Of everything random: initial weights, data order, sampling.
       model: Architecture; its vocab_size is raised to the tokenizer's.
       init_from: Model folder or workdir whose parameters (and tokenizer) the job starts from.
+      activations: dtype of the activations where parameters that init_from names are of another;
+        empty for theirs.
       remat: What the backward pass recomputes, see `mmjax.Decoder`: "super_block", "layer", "none".
       mesh: Size of each mesh axis; empty puts all devices on `data`.
       sharding: Where parameters lie otherwise than by default: logical axes to mesh axes, and under
@@ -157,6 +159,7 @@ class JobConfig:
     seed: int = 0
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig.tiny)
     init_from: str = ""
+    activations: str = ""
     remat: str = "super_block"
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
     sharding: ShardingRules = DEFAULT_RULES
@@ -302,6 +305,7 @@ def _check(job: JobConfig) -> None:
     choices = {
         "task": (job.task, ("pretrain", "sft", "cispo")),
         "remat": (job.remat, REMAT),
+        "activations": (job.activations, ("", "float32", "bfloat16")),
         "data.source": (job.data.source, ("text", "reasoning")),
         "optimizer.decay": (job.optimizer.decay, ("constant", "cosine", "linear", "exponential")),
         "cispo.algorithm": (job.cispo.algorithm, tuple(ALGORITHMS)),

@@ -74,6 +74,8 @@ class Job:
                     f"the tokenizer has {self.tokenizer.vocab_size} ids, the model in {source} "
                     f"only {model.cfg.vocab_size}"
                 )
+            if self.cfg.activations:
+                model = _with_activations(model, self.cfg.activations)
             model.remat = self.cfg.remat
             return model
         vocab = max(self.cfg.model.vocab_size, self.tokenizer.vocab_size)
@@ -254,3 +256,10 @@ class Job:
         shutil.rmtree(folder, ignore_errors=True)
         mmjax.save(self.model, folder, layout, tokenizer_from=self.workdir)
         return folder
+
+
+def _with_activations(model: Decoder, dtype: str) -> Decoder:
+    """The same parameters in a decoder whose activations are of this dtype."""
+    cfg = dataclasses.replace(model.cfg, dtype=dtype)
+    structure = nnx.graphdef(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))))
+    return nnx.merge(structure, nnx.state(model))
