@@ -104,11 +104,19 @@ def split_problems(
       held_out: Held-out problems to draw.
       seed: Of the training problems; the held-out ones are the same for every seed.
       rewards: How answers are scored.
+
+    Raises:
+      ConfigError: what `ReasoningProblems` raises, or tasks that leave one of the two empty.
     """
     test = ReasoningProblems(tasks, held_out, 10**6, rewards=rewards, held_out=True)
     train = ReasoningProblems(tasks, size, seed, test.texts, rewards=rewards)
     if train.texts & test.texts:
         raise AssertionError("training and held-out problems share a text")
+    if not len(train) or (held_out and not len(test)):
+        raise ConfigError(
+            f"{', '.join(tasks)}: {len(train)} problems to train on and {len(test)} held out; "
+            "of a file one row in ten is held out, so a few rows are too few"
+        )
     return train, test
 
 

@@ -8,6 +8,7 @@ one gets a fresh process. No text is evaluated as Python: expressions are built 
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import json
 import queue
@@ -104,14 +105,25 @@ def _same_mathematics(gold: str, answer: str) -> bool:
 
 
 def _same_form(gold: str, answer: str) -> bool:
-    return bool(build(gold) == build(answer))
+    given = _built(answer)
+    return given is not None and bool(build(gold) == given)
 
 
 def _antiderivative(integrand: str, variable: str, answer: str) -> bool:
     import sympy
 
-    slope = sympy.diff(build(answer), sympy.Symbol(variable))
+    given = _built(answer)
+    # What else has a slope of its own in another letter would pass for a constant.
+    if given is None or {s.name for s in given.free_symbols} - {variable, "C"}:
+        return False
+    slope = sympy.diff(given, sympy.Symbol(variable))
     return bool(sympy.simplify(slope - build(integrand)) == 0)
+
+
+def _built(answer: str) -> Any | None:
+    with contextlib.suppress(SyntaxError, ValueError):
+        return build(answer)
+    return None
 
 
 CHECKS: dict[str, Callable[..., bool]] = {

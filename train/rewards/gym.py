@@ -13,7 +13,7 @@ from reasoning_gym.factory import DATASETS
 from mmjax.config import ConfigError
 from train.data.sources import Problem, Source
 from train.data.worked import WORKED
-from train.rewards.gym_rules import RULES
+from train.rewards.gym_rules import FIRST_WORDS, RULES, foreign
 
 _MAX_LENGTH = 20_000
 # Numbers that take minutes and gigabytes to write out, such as 1e999999999.
@@ -48,11 +48,13 @@ class GymSource(Source):
         self._dataset = self._create(size, seed)
         for i in range(size):
             entry = self._dataset[i]
-            yield Problem(self.task, entry["question"], entry["answer"], entry)
+            yield Problem(self.task, entry["question"], entry["answer"] or "", entry)
 
     def score(self, problem: Problem, answer: str) -> float:
         """Right or wrong; what reasoning-gym gives for less than right counts as wrong."""
-        if len(answer) > _MAX_LENGTH or _GIANT.search(answer):
+        if len(answer) > _MAX_LENGTH or _GIANT.search(answer) or foreign(problem, answer):
+            return 0.0
+        if self._name in FIRST_WORDS and len(answer.split()) > len(problem.answer.split()):
             return 0.0
         if self._name in RULES:
             return float(RULES[self._name](problem, answer))

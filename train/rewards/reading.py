@@ -114,6 +114,8 @@ def evaluate(expression: str) -> Value | None:
     Returns:
       None if it is anything else: names, powers, signs before numbers, numbers beyond 12 digits.
     """
+    if not expression.isascii():
+        return None
     tokens = [a or b for a, b in _TOKEN.findall(expression.rstrip())]
     if len(tokens) > 400 or any(t.isdigit() and len(t) > _MAX_DIGITS for t in tokens):
         return None

@@ -106,7 +106,7 @@ class Sandbox:
             for bwrap, self.python in itertools.product(
                 _bwraps(), [python] if python else _interpreters()
             ):
-                self._prefix = (bwrap, *_mounts(self.python))
+                self._prefix = (*_without_root(), bwrap, *_mounts(self.python))
                 probe = self.run("print(1)")
                 if probe.status == "ok":
                     return
@@ -177,7 +177,6 @@ class Sandbox:
             limits.scratch_mb << 20,
         )
         boot = [self.python, "-I", "-S", "-c", _BOOT, *map(str, (program, *bounds))]
-        user = _NOBODY if self.sandboxed and os.geteuid() == 0 else None
         try:
             process = subprocess.Popen(
                 [*wrap, *boot],
@@ -188,9 +187,6 @@ class Sandbox:
                 cwd="/",
                 pass_fds=(program, rules),
                 start_new_session=True,
-                user=user,
-                group=user,
-                extra_groups=None if user is None else [],
             )
         finally:
             os.close(program)
@@ -325,6 +321,19 @@ def _bwraps() -> list[str]:
     if not paths:
         raise SandboxError("bubblewrap is not installed")
     return paths
+
+
+def _without_root() -> list[str]:
+    """How root gives up its rights, so that a program's user has none and its limits hold.
+
+    By a program of its own, because Python would have to fork the whole trainer to do it.
+    """
+    if os.geteuid() != 0:
+        return []
+    setpriv = shutil.which("setpriv")
+    if setpriv is None:
+        raise SandboxError("setpriv of util-linux is not installed, which root needs")
+    return [setpriv, f"--reuid={_NOBODY}", f"--regid={_NOBODY}", "--clear-groups"]
 
 
 def _copied(path: Path) -> Path:

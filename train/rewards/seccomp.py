@@ -8,6 +8,7 @@ namespaces, and corners of the kernel that answers to puzzles do not need.
 from __future__ import annotations
 
 import errno
+import functools
 import platform
 import struct
 
@@ -64,6 +65,7 @@ _ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
 _NUMBER, _ARCH, _FIRST_ARGUMENT = 0, 4, 16
 
 
+@functools.cache
 def bpf_filter() -> bytes:
     """The filter for this machine, as `bwrap --seccomp` reads it.
 
