@@ -172,4 +172,6 @@ def test_job_on_split_devices_is_killed_and_goes_on(job, monkeypatch):
     assert [m["step"] for m in history] == [1, 2, 3, 4, 5]
     assert max(m["staleness/max"] for m in history) <= 1
     assert max(m["staleness/max"] for m in history) > 0
-    assert min(m["probability/correlation"] for m in history) > 0.99
+    # Before the first update the moved weights are the trainer's own.
+    assert history[0]["staleness/max"] == 0
+    assert history[0]["probability/correlation"] > 0.9999
