@@ -167,7 +167,7 @@ def test_contradictions_are_named_at_once():
 
 
 CONTRADICTIONS = [
-    ({"is_weight_cap": 0.2}, "is absolute, 1 + ε: .* for ε = 0.2 write 1.2"),
+    ({"is_weight_cap": 0.2}, r"is absolute, 1 \+ ε: .* for ε = 0.2 write 1.2"),
     ({"is_weight_floor": 1.5}, "is_weight_floor 1.5 must be in"),
     ({"trust_low": 0.2}, "the two sides of one mask"),
     ({"clip_high": 0.2}, "clip_low and clip_high belong to the other algorithms"),
