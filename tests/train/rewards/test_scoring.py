@@ -160,7 +160,7 @@ def test_files_are_split_by_question_and_not_by_seed(tmp_path):
 
 
 def test_file_that_is_too_short_to_hold_out_from(tmp_path):
-    with pytest.raises(ConfigError, match="1 problems to train on and 0 held out"):
+    with pytest.raises(ConfigError, match="0 problems to train on and 1 held out"):
         split_problems((math_file(tmp_path, 1),), 10, 10, 0)
 
 
