@@ -59,15 +59,6 @@ class HybridCache(NamedTuple):
         """S, tokens that a row can hold."""
         return self.keys.shape[2]
 
-    def repeat(self, times: int) -> HybridCache:
-        """Each row `times` times in a row: one prefill for a group of samples."""
-        return HybridCache(
-            jnp.repeat(self.keys, times, axis=1),
-            jnp.repeat(self.values, times, axis=1),
-            jnp.repeat(self.state, times, axis=1),
-            jnp.repeat(self.length, times),
-        )
-
 
 class PagedCache(NamedTuple):
     """What many sequences remember, in pools, and which of them the B rows of a batch are.

@@ -9,7 +9,10 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-SECTIONS = ("model", "mesh", "sharding", "data", "optimizer", "cispo", "rewards", "checkpoint")
+SECTIONS = (
+    *("model", "mesh", "sharding", "data", "optimizer", "checkpoint"),
+    *("cispo", "sampling", "curriculum", "asynchronous", "alerts", "rewards"),
+)
 # Any key of the job may be set on the command line, whether or not the file names it; `build`
 # knows them all and checks them.
 _CONFIG = config_flags.DEFINE_config_file(
@@ -67,7 +70,7 @@ def main(argv: list[str]) -> None:
     # Imported late, so that --help and a wrong flag answer at once.
     from mmjax.config import ConfigError
     from mmjax.convert import CheckpointError
-    from mmjax.engine.generate import PromptError
+    from mmjax.engine import RequestError
     from mmjax.sharding import ShardingError
     from mmjax.tokenizer import TokenizerError
     from train.config import build
@@ -86,8 +89,14 @@ def main(argv: list[str]) -> None:
         from train.tasks import run_task  # after the checks: it takes seconds
 
         job = run_task(cfg, Path(str(_WORKDIR.value)))
-    except (ConfigError, CheckpointError, PromptError, ShardingError, TokenizerError) as error:
+    except (ConfigError, CheckpointError, RequestError, ShardingError, TokenizerError) as error:
         sys.exit(_complain(error))
+    if job.stop_reason is not None:
+        print(
+            f"stopped after step {int(job.state.step)} with a checkpoint: {job.stop_reason}",
+            file=sys.stderr,
+        )
+        sys.exit(3)
     if job.stop_signal is not None:
         print(
             f"stopped by a signal after step {int(job.state.step)} with a checkpoint; "

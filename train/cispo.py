@@ -1,46 +1,38 @@
-"""Reinforcement with CISPO: roll out, score, drop groups without signal, several updates."""
+"""Reinforcement: roll out, score, replace groups without signal, several updates a batch."""
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
-from mmjax.config import ConfigError
-from mmjax.engine import SamplingParams
+from mmjax.config import ConfigError, ModelConfig
 from mmjax.model import Decoder
-from mmjax.tokenizer import Tokenizer
-from train.config import CispoConfig, JobConfig
+from mmjax.sharding import make_mesh
+from train import policy_losses
+from train.asynchronous import Pipeline
+from train.batches import Batch, minibatches
+from train.cispo_config import CispoConfig
+from train.config import JobConfig
+from train.curriculum import Curriculum, Windows
 from train.data.reasoning import ReasoningProblems, split_problems
-from train.data.streams import Everywhere
 from train.job import Job, Scalars
-from train.losses import cispo_loss, group_advantages, token_logprobs
-from train.rollout import Rollouts, roll_out
+from train.losses import token_logprobs
+from train.rollout import Asked, Group, Sampler, accuracy, encode_prompt, evaluate, passed, score
 from train.state import TrainState
 from train.step import apply_gradients, router_metrics
 from train.tokenizing import job_tokenizer
-
-
-class Batch[A: (jax.Array, np.ndarray)](NamedTuple):
-    """One update's N groups: sequences [N, G, P + T] int32 (prompt and completion without a gap),
-    prompt_lengths [N], completion lengths [N, G]; per completion token [N, G, T]: tokens, behaviour
-    and mask (zero in a dropped group); advantages [N, G].
-    """
-
-    sequences: A
-    prompt_lengths: A
-    lengths: A
-    tokens: A
-    behaviour: A
-    mask: A
-    advantages: A
+from train.watch import Health, Transcripts, entropy, rollout_metrics, task_rates
 
 
 def run(cfg: JobConfig, workdir: Path) -> Job:
@@ -62,44 +54,252 @@ def run(cfg: JobConfig, workdir: Path) -> Job:
         cfg.data.tasks, cfg.data.size, rl.eval_problems, cfg.seed + 1, cfg.rewards
     )
     tokenizer = job_tokenizer(cfg, workdir, ())
-    job = Job(cfg, workdir, tokenizer, cfg.steps * rl.updates_per_batch)
-    data = Everywhere(_problem_indices(len(problems), rl.prompts_per_batch, cfg.seed))
-    sampling = SamplingParams(rl.max_new_tokens, rl.temperature, eos_id=tokenizer.eos_id)
-
-    def step(state: TrainState, indices: Any) -> tuple[TrainState, Scalars]:
-        chosen = [problems[int(i)] for i in indices]
-        next_key, key = jax.random.split(jax.random.wrap_key_data(state.key))
-        model = nnx.merge(job.graphdef, state.params)
-        rollouts = roll_out(
-            model,
-            tokenizer,
-            problems,
-            chosen,
-            sampling,
-            key,
-            samples=rl.samples_per_prompt,
-            max_prompt_tokens=rl.max_prompt_tokens,
-        )
-        first = int(state.step) == 0
-        before = evaluate(model, tokenizer, held_out, rl) if first else None
-        updated = []
-        for batch in minibatches(rollouts, rl.updates_per_batch):
-            placed = Batch(**job.put(batch._asdict()))
-            state, values = cispo_step(job.graphdef, job.optimizer, rl, state, placed)
-            updated.append(values)
-        state = state._replace(step=state.step + 1, key=jax.random.key_data(next_key))
-        metrics = {**rollout_metrics(rollouts), **_summary(updated)}
-        number = int(state.step)
-        if before is not None:
-            metrics["eval/initial_accuracy"] = before
-        if number == cfg.steps or (rl.eval_every and number % rl.eval_every == 0):
-            trained = nnx.merge(job.graphdef, state.params)
-            metrics["eval/accuracy"] = evaluate(trained, tokenizer, held_out, rl)
-        return state, metrics
-
-    job.run(data, step, finish_early=partial(_reached, target=rl.target_accuracy))
+    training, sampling = split_devices(cfg)
+    job = Job(cfg, workdir, tokenizer, cfg.steps * rl.updates_per_batch, training)
+    mesh = job.mesh if sampling is training else serving_mesh(job.model_cfg, sampling)
+    sampler = Sampler(job.model, tokenizer, cfg, mesh)
+    loop = Loop(job, sampler, problems, held_out)
+    job.run(loop, loop.step, finish_early=partial(_reached, target=rl.target_accuracy))
     job.export()
     return job
+
+
+def split_devices(cfg: JobConfig) -> tuple[list[Any], list[Any]]:
+    """The devices that train and those that sample; the same list if they take turns.
+
+    Raises:
+      ConfigError: there are too few.
+    """
+    devices, apart = jax.devices(), cfg.asynchronous.sampler_devices
+    if apart >= len(devices):
+        raise ConfigError(
+            f"asynchronous.sampler_devices {apart} leaves none of {len(devices)} devices to train"
+        )
+    return (devices[:-apart], devices[-apart:]) if apart else (devices, devices)
+
+
+def serving_mesh(model: ModelConfig, devices: Sequence[Any]) -> Mesh:
+    """A mesh to decode on: over KV heads as far as they divide, then over experts."""
+    heads = math.gcd(len(devices), model.num_kv_heads)
+    experts = math.gcd(len(devices) // heads, model.num_experts)
+    return make_mesh({"model": heads, "expert": experts, "data": -1}, devices)
+
+
+class Loop:
+    """All of a run but the model's state: what to sample next, and what was seen.
+
+    It is what the job reads, an endless iterator of itself, so that its place is in every
+    checkpoint.
+
+    Args:
+      job: With the model's state.
+      sampler: The engine.
+      problems: To train on.
+      held_out: To evaluate on.
+    """
+
+    def __init__(
+        self, job: Job, sampler: Sampler, problems: ReasoningProblems, held_out: ReasoningProblems
+    ) -> None:
+        cfg = self._cfg = job.cfg
+        self._job, self._sampler, self._held_out = job, sampler, held_out
+        self._problems = problems
+        tasks = [problem.task for problem in problems]
+        self._curriculum = Curriculum(
+            tasks, problems.families, cfg.curriculum, cfg.sampling, cfg.seed
+        )
+        self._windows = Windows(cfg.sampling, cfg.cispo.max_new_tokens)
+        self._pipeline = Pipeline(sampler, cfg, self._ask_next, self._score)
+        self._health = Health(cfg.alerts)
+        self._transcripts: Transcripts | None = None
+        self._number = 0  # of the next group
+        self._step = 0
+        self._seen: list[Group] = []  # sampled for the batch at hand, those left out included
+        self._fresh: nnx.State | None = None  # weights that the sampler does not have yet
+        self._watched: dict[str, float] = {}
+        self._unchecked: Scalars | None = None  # metrics of a step that may still be computed
+
+    # As the job's data.
+
+    def __next__(self) -> Loop:
+        return self
+
+    def get_state(self) -> dict[str, Any]:
+        """All that a resumed run goes on from."""
+        parts = {
+            "curriculum": self._curriculum.get_state(),
+            "windows": self._windows.get_state(),
+            "pipeline": self._pipeline.get_state(),
+            "number": self._number,
+            "step": self._step,
+        }
+        return {"all": parts}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Back to a place."""
+        parts = state["all"]
+        self._curriculum.set_state(parts["curriculum"])
+        self._windows.set_state(parts["windows"])
+        self._pipeline.set_state(parts["pipeline"], self._ask)
+        self._number, self._step = parts["number"], parts["step"]
+
+    # What to sample.
+
+    def _ask(self, number: int, problem: int, limit: int) -> Asked:
+        """A group; its draws depend on the job's seed and its number alone."""
+        prompt = encode_prompt(self._job.tokenizer, self._problems[problem])
+        seed = (self._cfg.seed << 40) + number
+        return Asked(number, problem, prompt, self._sampler.params(seed, limit))
+
+    def _ask_next(self) -> Asked:
+        (problem,) = self._curriculum.draw(1, self._step)
+        self._number += 1
+        return self._ask(self._number - 1, problem, self._windows.limit)
+
+    def _score(self, groups: list[Group]) -> list[Group]:
+        """Scores groups and takes notice of them."""
+        if not groups:
+            return []
+        cfg, limit = self._cfg, self._windows.limit
+        done = score(groups, self._problems, self._job.tokenizer, cfg.sampling, limit)
+        for group in done:
+            self._curriculum.rates.record(group.problem, passed(group))
+        self._seen += done
+        return done
+
+    def _in_rounds(self) -> list[Group]:
+        """A batch from the weights of now: rounds of sampling until every group has a signal."""
+        size, rounds = self._cfg.cispo.prompts_per_batch, self._cfg.sampling.rounds
+        kept: list[Group] = []
+        for _ in range(rounds):
+            asked = [self._ask_next() for _ in range(size - len(kept))]
+            kept += [g for g in self._score(self._sampler.sample(asked)) if g.has_signal]
+            if len(kept) == size:
+                return kept
+        spare = [g for g in self._seen if not g.has_signal]
+        taken = {g.number for g in [*kept, *spare[: size - len(kept)]]}
+        return [g for g in self._seen if g.number in taken]
+
+    # A step.
+
+    def step(self, state: TrainState, _: Any) -> tuple[TrainState, Scalars]:
+        """One batch: sample, score, update."""
+        if self._transcripts is None:
+            self._transcripts = Transcripts(self._job.workdir, self._step)
+            self._sampler.update(state.params, self._step)
+        clock = Clock()
+        metrics: dict[str, Any] = {}
+        if self._step == 0:
+            metrics |= self._evaluate("eval/initial_accuracy")
+            clock.take("evaluate")
+        asynchronous = self._cfg.asynchronous.max_staleness > 0
+        taken = self._pipeline.batch(self._step, self._poll) if asynchronous else self._in_rounds()
+        clock.take("sample")
+        self._give_weights()  # The update is about to eat them.
+        self._check(self._step)
+        metrics |= self._notice(taken)
+        state, updated = self._update(state, taken)
+        self._step += 1
+        self._fresh, self._unchecked = state.params, updated
+        if not asynchronous:
+            self._give_weights()
+            self._check(self._step)
+        clock.take("update")
+        if self._last_or_due():
+            self._give_weights()
+            metrics |= self._evaluate("eval/accuracy")
+            clock.take("evaluate")
+        tokens = {"sample": metrics["tokens_sampled"], "update": metrics["tokens_trained"]}
+        return state, {**metrics, **updated, **clock.metrics(tokens)}
+
+    def _notice(self, taken: list[Group]) -> dict[str, Any]:
+        """Metrics and transcripts of a batch; moves the curriculum on."""
+        # Of a batch that was there already, nothing has been sampled since the last.
+        seen, self._seen = self._seen or taken, []
+        rates = task_rates(seen, self._problems)
+        self._curriculum.rates.record_tasks(rates)
+        metrics = rollout_metrics(seen, taken, self._step)
+        metrics["prompts_retired"] = float(self._curriculum.retired)
+        metrics["window"] = float(self._windows.limit)
+        self._watched = metrics
+        if len(rates) > 1:
+            metrics |= {f"pass/{task}": rate for task, rate in rates.items()}
+        self._write("training", self._step + 1, seen, self._problems)
+        return metrics
+
+    def _update(self, state: TrainState, taken: list[Group]) -> tuple[TrainState, Scalars]:
+        """The updates on one batch."""
+        rl, graphdef = self._cfg.cispo, self._job.graphdef
+        batches = [
+            Batch(**self._job.put(batch._asdict()))
+            for batch in minibatches(taken, rl, self._windows.limit)
+        ]
+        if rl.anchor == "proximal":
+            batches = [
+                b._replace(anchor=policy_logprobs(graphdef, rl, state.params, b)) for b in batches
+            ]
+        updates = []
+        for batch in batches:
+            state, values = cispo_step(graphdef, self._job.optimizer, rl, state, batch)
+            updates.append(values)
+        self._windows.record(np.concatenate([g.lengths for g in taken]), entropy(taken))
+        return state._replace(step=state.step + 1), _summary(updates)
+
+    def _poll(self) -> None:
+        """Gives the sampler new weights as soon as they are computed."""
+        if self._fresh is not None and all(x.is_ready() for x in jax.tree.leaves(self._fresh)):
+            self._give_weights()
+
+    def _give_weights(self) -> None:
+        if self._fresh is not None:
+            self._sampler.update(self._fresh, self._step)
+        self._fresh = None
+
+    def _check(self, number: int) -> None:
+        """Looks at the metrics of step `number`; waits for them."""
+        if self._unchecked is not None:
+            values = {k: float(x) for k, x in jax.device_get(dict(self._unchecked)).items()}
+            self._job.stop_reason = self._health.check(number, self._watched | values)
+        self._unchecked = None
+
+    def _last_or_due(self) -> bool:
+        every = self._cfg.cispo.eval_every
+        return self._step == self._cfg.steps or bool(every and self._step % every == 0)
+
+    def _evaluate(self, name: str) -> dict[str, float]:
+        """Greedy accuracy on the held-out problems, of all tasks and of each."""
+        rl, sampling = self._cfg.cispo, self._cfg.sampling
+        groups = evaluate(
+            self._sampler, self._job.tokenizer, self._held_out, sampling, rl.max_new_tokens
+        )
+        self._write("held-out", self._step, groups, self._held_out)
+        rates = task_rates(groups, self._held_out) if len(self._held_out.families) > 1 else {}
+        return {name: accuracy(groups)} | {f"{name}/{task}": x for task, x in rates.items()}
+
+    def _write(
+        self, kind: str, step: int, groups: Sequence[Group], problems: ReasoningProblems
+    ) -> None:
+        assert self._transcripts is not None
+        self._transcripts.write(step, kind, groups, problems, self._job.tokenizer)
+
+
+class Clock:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self._taken: dict[str, float] = {}
+
+    def take(self, phase: str) -> None:
+        """The time since the last call was the phase's."""
+        now = time.perf_counter()
+        self._taken[phase] = self._taken.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    def metrics(self, tokens: Mapping[str, float]) -> dict[str, float]:
+        """Seconds of each phase, and tokens a second of those with tokens."""
+        rates = {f"tokens_per_second/{p}": n / self._taken[p] for p, n in tokens.items()}
+        return {f"seconds/{phase}": x for phase, x in self._taken.items()} | rates
 
 
 @partial(jax.jit, static_argnames=("graphdef", "optimizer", "cfg"), donate_argnames="state")
@@ -112,33 +312,65 @@ def cispo_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One off-policy update on whole groups; `state.step` is left to the caller.
 
-    A batch without any group that says something changes nothing, optimizer moments included.
+    A batch without any group that says something changes nothing, optimizer moments included; nor
+    does one whose gradient is not finite.
     """
 
     def loss_fn(params: nnx.State) -> tuple[jax.Array, tuple[Any, ...]]:
         model = nnx.merge(graphdef, params)
         logprobs, aux = completion_logprobs(model, batch, cfg.temperature)
-        loss, stats = cispo_loss(
-            logprobs, batch.behaviour, batch.advantages, batch.mask, cfg.is_weight_cap
-        )
+        loss, stats = policy_loss(logprobs, batch, cfg)
         total = loss + model.cfg.router_aux_loss_coef * aux.load_balancing_loss
-        drift = jnp.max(jnp.abs(logprobs - batch.behaviour) * batch.mask)
-        return total, (loss, stats, aux, drift)
+        return total, (loss, stats, aux)
 
-    (_, (loss, stats, aux, drift)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    (_, (loss, stats, aux)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     updated, norm = apply_gradients(optimizer, state, grads)
-    says = batch.mask.sum() > 0
-    state = jax.tree.map(lambda new, old: jnp.where(says, new, old), updated, state)
-    metrics = {
-        "loss": loss,
-        "grad_norm": norm,
-        "is_weight/mean": stats.ratio_mean,
-        "is_weight/max": stats.ratio_max,
-        "is_weight/capped": stats.capped,
-        "logprob_drift": drift,
-        **router_metrics(aux),
+    counts = (batch.mask.sum() > 0) & jnp.isfinite(norm)
+    state = jax.tree.map(lambda new, old: jnp.where(counts, new, old), updated, state)
+    return state, {"loss": loss, "grad_norm": norm, **stats, **router_metrics(aux)}
+
+
+def policy_loss(
+    logprobs: jax.Array, batch: Batch[jax.Array], cfg: CispoConfig
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """-J of the config's algorithm on log π_θ [N, G, T], and what there is to watch."""
+    loss, mask = cfg.loss, batch.mask
+    given = (logprobs, batch.anchor, batch.advantages)
+    match cfg.algorithm:
+        case "cispo":
+            low, high = cfg.trust_low, cfg.trust_high
+            trust = None if low is None or high is None else (low, high)
+            terms = policy_losses.cispo(
+                *given, cap=cfg.is_weight_cap, floor=cfg.is_weight_floor, trust=trust
+            )
+        case "gspo":
+            terms = policy_losses.gspo(*given, mask, low=loss.clip_low, high=loss.clip_high)
+        case "dapo":
+            terms = policy_losses.dapo(*given, low=loss.clip_low, high=loss.clip_high)
+        case _:
+            terms = policy_losses.grpo(*given, clip=loss.clip_low)
+    objective = terms.objective
+    if cfg.correction_cap:
+        drift = jnp.exp(batch.anchor - batch.behaviour)
+        objective *= jax.lax.stop_gradient(jnp.minimum(drift, cfg.correction_cap))
+    value = policy_losses.normalise(
+        objective, mask, batch.lengths, loss.normaliser, cfg.max_new_tokens
+    )
+    return -value, {
+        **policy_losses.clip_stats(terms, batch.advantages, mask),
+        **policy_losses.agreement(logprobs, batch.behaviour, mask),
     }
-    return state, metrics
+
+
+@partial(jax.jit, static_argnames=("graphdef", "cfg"))
+def policy_logprobs(
+    graphdef: nnx.GraphDef[Decoder],
+    cfg: CispoConfig,
+    params: nnx.State,
+    batch: Batch[jax.Array],
+) -> jax.Array:
+    """log π of every completion token [N, G, T] under these parameters."""
+    return completion_logprobs(nnx.merge(graphdef, params), batch, cfg.temperature)[0]
 
 
 def completion_logprobs(
@@ -159,81 +391,16 @@ def completion_logprobs(
     return logp.reshape(batch.tokens.shape), out.aux
 
 
-def minibatches(rollouts: Rollouts, updates: int) -> list[Batch[np.ndarray]]:
-    """Whole groups dealt out to the updates, those with a signal evenly.
-
-    Args:
-      rollouts: N groups; N a multiple of `updates`.
-      updates: Off-policy updates on them.
+@jax.jit
+def _summary(updates: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """Means over the updates of one batch; of what compares sampler and trainer the first, when
+    both may hold the same weights; of "max" the largest.
     """
-    advantages, kept = map(np.asarray, group_advantages(jnp.asarray(rollouts.rewards)))
-    groups, samples, width = rollouts.tokens.shape
-    place = np.arange(width)[None, None]
-    mask = (place < rollouts.lengths[:, :, None]) & kept[:, None, None]
-    sequences = np.zeros((groups, samples, rollouts.prompts.shape[1] + width), np.int32)
-    for group, start in enumerate(rollouts.prompt_lengths):
-        sequences[group, :, :start] = rollouts.prompts[group, :start]
-        sequences[group, :, start : start + width] = rollouts.tokens[group]
-    whole = Batch(
-        sequences,
-        rollouts.prompt_lengths,
-        rollouts.lengths,
-        rollouts.tokens,
-        rollouts.behaviour,
-        mask.astype(np.float32),
-        advantages,
-    )
-    order = np.argsort(~kept, kind="stable")
-    return [Batch(*(x[order[i::updates]] for x in whole)) for i in range(updates)]
-
-
-def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
-    """Reward, share of groups with a signal, lengths and truncation of one rollout batch."""
-    rewards = rollouts.rewards
-    mixed = rewards.max(axis=1) > rewards.min(axis=1)
-    return {
-        "reward": float(rewards.mean()),
-        "groups_kept": float(mixed.mean()),
-        "length": float(rollouts.lengths.mean()),
-        "truncated": float(1 - rollouts.finished.mean()),
-        "verifier_failures": float(rollouts.failures),
-    }
-
-
-def evaluate(
-    model: Decoder, tokenizer: Tokenizer, problems: ReasoningProblems, cfg: CispoConfig
-) -> float:
-    """Share of problems that greedy decoding solves."""
-    greedy = SamplingParams(cfg.max_new_tokens, temperature=0.0, eos_id=tokenizer.eos_id)
-    done = roll_out(
-        model,
-        tokenizer,
-        problems,
-        list(problems),
-        greedy,
-        jax.random.key(0),
-        samples=1,
-        max_prompt_tokens=cfg.max_prompt_tokens,
-    )
-    return float(done.rewards.mean())
-
-
-def _problem_indices(count: int, batch: int, seed: int) -> grain.DatasetIterator[np.ndarray]:
-    """Endless shuffled batches of problem indices, checkpointable."""
-    rows = grain.MapDataset.range(count).seed(seed).shuffle().repeat().batch(batch)
-    return iter(rows.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
-
-
-def _summary(updates: list[dict[str, jax.Array]]) -> dict[str, jax.Array | float]:
-    """Means over the updates of one batch; drift before the first of them, when sampler and
-    trainer hold the same weights.
-    """
-    fetched = jax.device_get(updates)
-    summary: dict[str, jax.Array | float] = {
-        name: float(np.mean([u[name] for u in fetched])) for name in fetched[0]
-    }
-    summary["is_weight/max"] = float(max(u["is_weight/max"] for u in fetched))
-    summary["logprob_drift"] = float(fetched[0]["logprob_drift"])
+    summary = {}
+    for name in updates[0]:
+        each = jnp.stack([u[name] for u in updates])
+        largest, first = name.endswith("/max"), name.startswith("probability/")
+        summary[name] = each[0] if first else each.max() if largest else each.mean()
     return summary
 
 

@@ -18,6 +18,17 @@ from ml_collections import ConfigDict
 from mmjax.config import ConfigError, ModelConfig
 from mmjax.model import REMAT
 from mmjax.sharding import DEFAULT_RULES, ShardingError, ShardingRules
+from train.cispo_config import (
+    ALGORITHMS,
+    NORMALISERS,
+    SCALES,
+    AlertsConfig,
+    AsynchronousConfig,
+    CispoConfig,
+    CurriculumConfig,
+    SamplingConfig,
+    contradictions,
+)
 
 _PRESETS = ("tiny", "minimax_text_01", "minimax_m1", "minimax_vl_01")
 
@@ -81,38 +92,6 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class CispoConfig:
-    """CISPO and its rollouts.
-
-    Attributes:
-      prompts_per_batch: Groups of each rollout batch.
-      samples_per_prompt: G, completions of each prompt.
-      updates_per_batch: Off-policy updates on one rollout batch (M1: 16).
-      max_prompt_tokens: Longest prompt; longer ones are an error.
-      max_new_tokens: Longest completion.
-      temperature: Of the sampler.
-      is_weight_cap: Absolute upper bound of the importance weight, 1 + ε_high of the paper's
-        eq. 5; there is no lower bound.
-      eval_every: Rollout batches between evaluations; 0 for only at the start and the end.
-      eval_problems: Held-out problems.
-      target_accuracy: Stop early once an evaluation reaches it; above 1 never.
-
-    Source: MiniMax-M1 report, section 3.1.
-    """
-
-    prompts_per_batch: int = 32
-    samples_per_prompt: int = 16
-    updates_per_batch: int = 4
-    max_prompt_tokens: int = 64
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    is_weight_cap: float = 5.0
-    eval_every: int = 10
-    eval_problems: int = 256
-    target_accuracy: float = 2.0
-
-
-@dataclasses.dataclass(frozen=True)
 class RewardsConfig:
     """What completions are worth; docs/rewards.md names the tasks.
 
@@ -166,6 +145,8 @@ class JobConfig:
       seed: Of everything random: initial weights, data order, sampling.
       model: Architecture; its vocab_size is raised to the tokenizer's.
       init_from: Model folder or workdir whose parameters (and tokenizer) the job starts from.
+      activations: dtype of the activations where parameters that init_from names are of another;
+        empty for theirs.
       remat: What the backward pass recomputes, see `mmjax.Decoder`: "super_block", "layer", "none".
       mesh: Size of each mesh axis; empty puts all devices on `data`.
       sharding: Where parameters lie otherwise than by default: logical axes to mesh axes, and under
@@ -178,6 +159,7 @@ class JobConfig:
     seed: int = 0
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig.tiny)
     init_from: str = ""
+    activations: str = ""
     remat: str = "super_block"
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
     sharding: ShardingRules = DEFAULT_RULES
@@ -185,6 +167,10 @@ class JobConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     cispo: CispoConfig = dataclasses.field(default_factory=CispoConfig)
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    curriculum: CurriculumConfig = dataclasses.field(default_factory=CurriculumConfig)
+    asynchronous: AsynchronousConfig = dataclasses.field(default_factory=AsynchronousConfig)
+    alerts: AlertsConfig = dataclasses.field(default_factory=AlertsConfig)
     rewards: RewardsConfig = dataclasses.field(default_factory=RewardsConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
@@ -193,6 +179,10 @@ SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "optimizer": OptimizerConfig,
     "cispo": CispoConfig,
+    "sampling": SamplingConfig,
+    "curriculum": CurriculumConfig,
+    "asynchronous": AsynchronousConfig,
+    "alerts": AlertsConfig,
     "rewards": RewardsConfig,
     "checkpoint": CheckpointConfig,
 }
@@ -315,8 +305,13 @@ def _check(job: JobConfig) -> None:
     choices = {
         "task": (job.task, ("pretrain", "sft", "cispo")),
         "remat": (job.remat, REMAT),
+        "activations": (job.activations, ("", "float32", "bfloat16")),
         "data.source": (job.data.source, ("text", "reasoning")),
         "optimizer.decay": (job.optimizer.decay, ("constant", "cosine", "linear", "exponential")),
+        "cispo.algorithm": (job.cispo.algorithm, tuple(ALGORITHMS)),
+        "cispo.anchor": (job.cispo.anchor, ("behaviour", "proximal")),
+        "cispo.normaliser": (job.cispo.normaliser, ("", *NORMALISERS)),
+        "cispo.advantage_scale": (job.cispo.advantage_scale, ("", *SCALES)),
         "checkpoint.export": (job.checkpoint.export, ("", "hf", "hf-native")),
     }
     for name, (value, known) in choices.items():
@@ -339,17 +334,17 @@ def _check(job: JobConfig) -> None:
                 "max_prompt_tokens",
                 "max_new_tokens",
                 "is_weight_cap",
+                "length_buckets",
                 "temperature",
             ]
         },
+        "sampling.rounds": job.sampling.rounds,
+        "sampling.window_steps": job.sampling.window_steps,
+        "alerts.patience": job.alerts.patience,
     }
     problems += [f"{n} must be positive, got {v}" for n, v in positive.items() if not v > 0]
-    groups, updates = job.cispo.prompts_per_batch, job.cispo.updates_per_batch
-    if job.task == "cispo" and updates > 0 and groups % updates:
-        problems.append(
-            f"cispo.prompts_per_batch {groups} is no multiple of cispo.updates_per_batch "
-            f"{updates}; an update takes whole groups"
-        )
+    if job.task == "cispo" and not problems:
+        problems += contradictions(job.cispo, job.sampling, job.asynchronous)
     if job.data.streams > 0 and job.data.batch_size % job.data.streams:
         problems.append(
             f"data.batch_size {job.data.batch_size} is no multiple of data.streams "

@@ -25,12 +25,12 @@ from rich.console import Console
 from rich.table import Table
 
 import mmjax
-from mmjax.engine import SamplingParams
+from mmjax.sharding import make_mesh
 from mmjax.tokenizer import Tokenizer
 from train.config import JobConfig, build
 from train.data.reasoning import Problem, ReasoningProblems, split_problems
 from train.metrics import read_metrics
-from train.rollout import Rollouts, roll_out
+from train.rollout import Group, Sampler, accuracy, evaluate, texts_of
 from train.tasks import run_task
 
 _CONFIG = Path(__file__).parent.parent / "configs" / "demo.py"
@@ -69,17 +69,18 @@ def run(workdir: Path, seed: int, overrides: dict[str, object] | None = None) ->
     after = _answers(workdir / "cispo" / "model", held_out, cispo)
     summary = {
         "seed": float(seed),
-        "accuracy_after_sft": float(before.rewards.mean()),
-        "accuracy_after_cispo": float(after.rewards.mean()),
+        "accuracy_after_sft": accuracy(before),
+        "accuracy_after_cispo": accuracy(after),
         "held_out_problems": float(len(held_out)),
-        "length_after_sft": float(before.lengths.mean()),
-        "length_after_cispo": float(after.lengths.mean()),
+        "length_after_sft": float(np.mean([g.lengths for g in before])),
+        "length_after_cispo": float(np.mean([g.lengths for g in after])),
         "sft_seconds": sft_seconds,
         "cispo_seconds": cispo_seconds,
         "total_seconds": time.perf_counter() - started,
     }
     (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    _write_transcripts(workdir / "transcripts.md", list(held_out), before, after)
+    tokenizer = Tokenizer.load(workdir / "sft" / "model")
+    _write_transcripts(workdir / "transcripts.md", list(held_out), before, after, tokenizer)
     draw_curve(workdir)
     console.print(_table(summary))
     console.print(f"curve {workdir}/learning_curve.png, transcripts {workdir}/transcripts.md")
@@ -132,32 +133,30 @@ def _finish(stop_signal: int | None) -> None:
         sys.exit(128 + stop_signal)
 
 
-def _answers(folder: Path, problems: ReasoningProblems, cfg: JobConfig) -> Rollouts:
+def _answers(folder: Path, problems: ReasoningProblems, cfg: JobConfig) -> list[Group]:
     """Greedy completions of all problems by the model in a folder."""
+    mesh = make_mesh(devices=jax.devices()[:1])
     tokenizer = Tokenizer.load(folder)
-    return roll_out(
-        mmjax.load(folder),
-        tokenizer,
-        problems,
-        list(problems),
-        SamplingParams(cfg.cispo.max_new_tokens, temperature=0, eos_id=tokenizer.eos_id),
-        jax.random.key(0),
-        samples=1,
-        max_prompt_tokens=cfg.cispo.max_prompt_tokens,
-    )
+    sampler = Sampler(mmjax.load(folder), tokenizer, cfg, mesh)
+    return evaluate(sampler, tokenizer, problems, cfg.sampling, cfg.cispo.max_new_tokens)
 
 
 def _write_transcripts(
-    path: Path, problems: Sequence[Problem], before: Rollouts, after: Rollouts
+    path: Path,
+    problems: Sequence[Problem],
+    before: Sequence[Group],
+    after: Sequence[Group],
+    tokenizer: Tokenizer,
 ) -> None:
     """Problems that reinforcement won first, then the others in order."""
-    gained = (after.rewards - before.rewards)[:, 0]
+    gained = np.array([b.rewards[0] - a.rewards[0] for a, b in zip(before, after, strict=True)])
     lines = ["# Before and after CISPO, greedy, held-out problems\n"]
     for i in np.argsort(-gained, kind="stable")[:_TRANSCRIPTS]:
         lines.append(f"## {problems[i].question}\n\nright answer: {problems[i].answer}\n")
-        for name, side in (("fine-tuned", before), ("reinforced", after)):
-            mark = "right" if side.rewards[i, 0] else "wrong"
-            lines.append(f"{name} ({mark}):\n\n```\n{side.texts[i]}\n```\n")
+        for name, side in (("fine-tuned", before[i]), ("reinforced", after[i])):
+            mark = "right" if side.rewards[0] else "wrong"
+            (text,) = texts_of(side, tokenizer)
+            lines.append(f"{name} ({mark}):\n\n```\n{text}\n```\n")
     path.write_text("\n".join(lines))
 
 

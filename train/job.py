@@ -40,12 +40,22 @@ class Job:
       workdir: Folder of the job: checkpoints, metrics, tokenizer, export.
       tokenizer: Of the data; its size raises the model's vocabulary.
       updates: Optimizer updates of the whole job, for the schedule.
+      devices: To train on; None for all.
     """
 
-    def __init__(self, cfg: JobConfig, workdir: Path, tokenizer: Tokenizer, updates: int) -> None:
+    def __init__(
+        self,
+        cfg: JobConfig,
+        workdir: Path,
+        tokenizer: Tokenizer,
+        updates: int,
+        devices: Sequence[Any] | None = None,
+    ) -> None:
         self.cfg, self.workdir, self.tokenizer = cfg, workdir, tokenizer
         self.stop_signal: int | None = None
-        self.mesh = make_mesh(cfg.mesh)
+        # Set by a step: why the job is to stop after it, with a checkpoint.
+        self.stop_reason: str | None = None
+        self.mesh = make_mesh(cfg.mesh, devices)
         batch_axes = DEFAULT_RULES.spec(("batch",), of="batch")
         self.batch_sharding = NamedSharding(self.mesh, batch_axes)
         self.optimizer = make_optimizer(cfg.optimizer, updates)
@@ -64,6 +74,8 @@ class Job:
                     f"the tokenizer has {self.tokenizer.vocab_size} ids, the model in {source} "
                     f"only {model.cfg.vocab_size}"
                 )
+            if self.cfg.activations:
+                model = _with_activations(model, self.cfg.activations)
             model.remat = self.cfg.remat
             return model
         vocab = max(self.cfg.model.vocab_size, self.tokenizer.vocab_size)
@@ -190,7 +202,7 @@ class Job:
 
             number = start
             finished = any(finish_early(values) for values in metrics.history)
-            while number < cfg.steps and not finished and self.stop_signal is None:
+            while number < cfg.steps and not (finished or self.stop_signal or self.stop_reason):
                 self.state, values = step(self.state, next(data))
                 number += 1
                 flush()
@@ -244,3 +256,10 @@ class Job:
         shutil.rmtree(folder, ignore_errors=True)
         mmjax.save(self.model, folder, layout, tokenizer_from=self.workdir)
         return folder
+
+
+def _with_activations(model: Decoder, dtype: str) -> Decoder:
+    """The same parameters in a decoder whose activations are of this dtype."""
+    cfg = dataclasses.replace(model.cfg, dtype=dtype)
+    structure = nnx.graphdef(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))))
+    return nnx.merge(structure, nnx.state(model))

@@ -1,13 +1,12 @@
-"""Losses: token log-probabilities, cross-entropy, CISPO."""
+"""Token log-probabilities and cross-entropy."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from mmjax.model import Decoder
 from mmjax.sharding import DEFAULT_RULES, active_mesh
@@ -75,76 +74,3 @@ def cross_entropy(
 ) -> Float32[Array, ""]:
     """Mean negative log-probability of the masked-in targets."""
     return -jnp.sum(logprobs * mask) / jnp.maximum(jnp.sum(mask), 1)
-
-
-class CispoStats(NamedTuple):
-    """ratio_mean, ratio_max: of the importance weights before the cap; capped: share of tokens
-    at the cap.
-    """
-
-    ratio_mean: jax.Array
-    ratio_max: jax.Array
-    capped: jax.Array
-
-
-def cispo_loss(
-    logprobs: Float32[Array, "N G T"],
-    behaviour: Float32[Array, "N G T"],
-    advantages: Float32[Array, "N G"],
-    mask: Float32[Array, "N G T"],
-    is_weight_cap: float,
-) -> tuple[Float32[Array, ""], CispoStats]:
-    """Clips the importance weight, never the update.
-
-        J = mean over groups of 1/Σ_i|o_i| · Σ_i Σ_t sg(min(r_it, cap)) Â_i log π_θ(o_it)
-        r = π_θ / π_behaviour
-
-    The loss is -J. The weight is a constant to the gradient (sg), which flows through log π
-    alone: differentiating through min(r, cap) would make the gradient r (1 + log π) Â ∇log π
-    below the cap, with the wrong sign wherever π < 1/e.
-
-    Args:
-      logprobs: log π_θ of the sampled tokens, N groups of G samples [N, G, T].
-      behaviour: log π of the sampler when it drew them.
-      advantages: Â of each sample [N, G].
-      mask: 1 for tokens that count. A group without any contributes nothing.
-      is_weight_cap: Absolute cap, 1 + ε_high; no lower bound.
-
-    Returns:
-      The loss, and statistics of the weights.
-
-    Source: MiniMax-M1 report, section 3.1, eq. 4-5.
-    """
-    ratio = jnp.exp(jax.lax.stop_gradient(logprobs) - behaviour)
-    weight = jax.lax.stop_gradient(jnp.minimum(ratio, is_weight_cap))
-    tokens = mask.sum((1, 2))  # [N]
-    objective = (weight * advantages[:, :, None] * logprobs * mask).sum((1, 2))
-    groups = jnp.maximum(jnp.sum(tokens > 0), 1).astype(jnp.float32)
-    loss = -jnp.sum(objective / jnp.maximum(tokens, 1)) / groups
-    total = jnp.maximum(mask.sum(), 1)
-    return loss, CispoStats(
-        (ratio * mask).sum() / total,
-        (ratio * mask).max(),
-        ((ratio > is_weight_cap).astype(jnp.float32) * mask).sum() / total,
-    )
-
-
-def group_advantages(
-    rewards: Float32[Array, "N G"],
-) -> tuple[Float32[Array, "N G"], Bool[Array, " N"]]:
-    """(R - mean) / std within each group, and which groups say anything.
-
-    A group whose rewards are all equal has no gradient; it is to be dropped.
-
-    Args:
-      rewards: Of N groups of G samples.
-
-    Returns:
-      Advantages [N, G], zero in a dropped group, and whether each group is kept [N].
-
-    Source: MiniMax-M1 report, eq. 5; DAPO's dropping of groups without variance.
-    """
-    kept = rewards.max(axis=1) > rewards.min(axis=1)
-    centred = rewards - rewards.mean(axis=1, keepdims=True)
-    std = jnp.sqrt(jnp.mean(centred**2, axis=1, keepdims=True))
-    return jnp.where(kept[:, None], centred / jnp.where(kept[:, None], std, 1), 0), kept

@@ -1,13 +1,11 @@
 """Text out of a model."""
 
 from mmjax.engine.engine import Engine
-from mmjax.engine.generate import Completions, generate
 from mmjax.engine.results import Completion, EngineStats, Output, RequestError, TokenLogprob
 from mmjax.engine.sampling import RepetitionHalt, SamplingParams
 
 __all__ = [
     "Completion",
-    "Completions",
     "Engine",
     "EngineStats",
     "Output",
@@ -15,5 +13,4 @@ __all__ = [
     "RequestError",
     "SamplingParams",
     "TokenLogprob",
-    "generate",
 ]

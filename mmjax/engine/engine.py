@@ -281,7 +281,8 @@ class Engine:
         outputs, self._ended = self._ended, []
         with self._on_mesh():
             self._admit()
-            self._prefill()
+            if self._prefill() and self._waiting:
+                self._admit()  # Those who waited for a prefix that is now kept decode along.
             outputs += self._decode()
         return outputs
 
@@ -309,6 +310,7 @@ class Engine:
             else:
                 blocked.append(sample)
                 break
+        self._memory.fork_admitted()
         self._waiting = blocked + self._waiting
 
     def _awaits(self, sample: Sample, filling: set[bytes]) -> bool:
@@ -341,17 +343,20 @@ class Engine:
         found = (self._memory.prefixes.get(digest) for _, digest in reversed(sample.digests()))
         return next((prefix for prefix in found if prefix), None)
 
-    def _prefill(self) -> None:
-        """Computes chunks of prompts, the oldest first, `prefill_chunk` tokens at most."""
+    def _prefill(self) -> bool:
+        """Computes chunks of prompts, the oldest first, `prefill_chunk` tokens at most; whether it
+        computed any.
+        """
         left = self._schedule.largest
         for sample in self._running:
             while sample.computed < sample.target:
                 end = self._schedule.end(sample.computed, sample.target)
                 size = self._schedule.size(end - sample.computed)
                 if size > left:
-                    return
+                    return True
                 left -= size
                 self._extend(sample, end, size)
+        return left < self._schedule.largest
 
     def _extend(self, sample: Sample, end: int, size: int) -> None:
         """Takes the sample's tokens up to `end` into the cache."""
@@ -464,9 +469,7 @@ class Engine:
     # Checks.
 
     def _stop_ids(self, params: SamplingParams) -> tuple[int, ...]:
-        eos = params.eos_id
-        if eos is None:
-            eos = self.cfg.eos_token_id if self.tokenizer is None else self.tokenizer.eos_id
+        eos = self.cfg.eos_token_id if self.tokenizer is None else self.tokenizer.eos_id
         own = () if params.ignore_eos or eos is None else (eos,)
         return (*own, *params.stop_ids)
 

@@ -8,7 +8,7 @@ import numpy as np
 from mmjax.config import ModelConfig
 from mmjax.engine import programs
 from mmjax.engine.pages import Pages, Prefix, PrefixCache
-from mmjax.engine.programs import MOVED_PAGES, Moved, Pools
+from mmjax.engine.programs import FORKS, MOVED_PAGES, Moved, Pools
 from mmjax.engine.sample import Sample
 
 
@@ -45,6 +45,7 @@ class Memory:
         self.table = np.zeros((slots, table_width), np.int32)
         self._free_slots = list(range(slots - 1, -1, -1))
         self._zeros = slots + prefixes
+        self._forks: list[tuple[tuple[int, int], tuple[int, int]]] = []
 
     @property
     def total(self) -> int:
@@ -68,7 +69,10 @@ class Memory:
         return sum(int(self.pages.holders[page]) == count for page, count in holding.items())
 
     def admit(self, sample: Sample, prefix: Prefix | None, tokens: int) -> bool:
-        """Gives a sample a slot, and pages for so many tokens; False, and nothing, if it cannot."""
+        """Gives a sample a slot, and pages for so many tokens; False, and nothing, if it cannot.
+
+        What the slot and a shared last page begin with is there after `fork_admitted`.
+        """
         shared = prefix.pages[: prefix.length // self.page_size] if prefix else []
         # Held, so that making room cannot take them.
         held = prefix.pages if prefix else []
@@ -83,7 +87,7 @@ class Memory:
         self._list_pages(sample)
         partial = held[len(shared) :]
         page = (partial[0], sample.pages[len(shared)]) if partial else (0, 0)
-        self._fork((prefix.slot if prefix else self._zeros, sample.slot), page)
+        self._forks.append(((prefix.slot if prefix else self._zeros, sample.slot), page))
         self.pages.release(partial)
         return True
 
@@ -113,7 +117,7 @@ class Memory:
         slot = self.prefixes.add(digest, sample.computed, pages)
         assert slot is not None
         assert sample.slot is not None
-        self._fork((sample.slot, slot), (0, 0))
+        self._fork([((sample.slot, slot), (0, 0))])
 
     def move_out(self, sample: Sample) -> None:
         """Brings a sample to the host, bit for bit."""
@@ -146,17 +150,23 @@ class Memory:
 
     def warm_up(self) -> None:
         """Compiles what moves rows, without moving any."""
-        self._fork((self._zeros, self._zeros), (0, 0))
+        self._fork([((self._zeros, self._zeros), (0, 0))])
         nothing = np.full(MOVED_PAGES, self.total, np.int32)
         moved = jax.device_get(
             programs.extract(self.pools, np.int32(self._zeros), np.zeros_like(nothing))
         )
         self.pools = programs.insert(self.pools, np.int32(self._zeros), nothing, moved)
 
-    def _fork(self, states: tuple[int, int], pages: tuple[int, int]) -> None:
-        self.pools = programs.fork(
-            self.pools, np.array(states, np.int32), np.array(pages, np.int32)
-        )
+    def fork_admitted(self) -> None:
+        """Copies, for all samples admitted since the last call, what they begin with."""
+        for start in range(0, len(self._forks), FORKS):
+            self._fork(self._forks[start : start + FORKS])
+        self._forks = []
+
+    def _fork(self, forks: list[tuple[tuple[int, int], tuple[int, int]]]) -> None:
+        copies = np.zeros((FORKS, 2, 2), np.int32)
+        copies[: len(forks)] = forks
+        self.pools = programs.fork(self.pools, copies, np.int32(len(forks)))
 
     def _make_room(self, count: int) -> bool:
         while self.pages.free < count:

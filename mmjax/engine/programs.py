@@ -24,6 +24,8 @@ BURST = 16
 STOPS, FORCED = 8, 16
 # Pages that one call moves to or from the host.
 MOVED_PAGES = 16
+# Samples whose beginnings one call copies.
+FORKS = 32
 
 
 class Pools(NamedTuple):
@@ -313,16 +315,20 @@ def _last_logits(model: Decoder, hidden: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, donate_argnums=0)
-def fork(pools: Pools, states: jax.Array, pages: jax.Array) -> Pools:
-    """Copies state states[0] to states[1] and page pages[0] to pages[1]."""
+def fork(pools: Pools, copies: jax.Array, count: jax.Array) -> Pools:
+    """For each of the first `count` of `copies` [FORKS, 2, 2], in turn: copies state [0, 0] to
+    state [0, 1], and page [1, 0] to page [1, 1].
+    """
 
     def copy(pool: jax.Array, pair: jax.Array) -> jax.Array:
         item = jax.lax.dynamic_slice_in_dim(pool, pair[0], 1, axis=1)
         return jax.lax.dynamic_update_slice_in_dim(pool, item, pair[1], axis=1)
 
-    return Pools(
-        copy(pools.keys, pages), copy(pools.values, pages), copy(pools.state, states)
-    )._pinned()
+    def one(i: jax.Array, pools: Pools) -> Pools:
+        states, pages = copies[i]
+        return Pools(copy(pools.keys, pages), copy(pools.values, pages), copy(pools.state, states))
+
+    return jax.lax.fori_loop(0, count, one, pools)._pinned()
 
 
 class Moved(NamedTuple):

@@ -41,7 +41,6 @@ class SamplingParams:
       temperature: Of the softmax; 0 takes the likeliest token.
       top_p: Keep the likeliest tokens that together reach this probability; 1 keeps all.
       top_k: Keep this many likeliest tokens; 0 keeps all.
-      eos_id: Token that ends a sample, itself part of it; None for the engine's own.
       min_p: Keep tokens of at least this share of the likeliest one's probability; 0 keeps all.
       seed: The same seed draws the same tokens, whatever else runs; None draws a seed.
       n: Samples of the prompt; they share its prefill.
@@ -58,7 +57,6 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    eos_id: int | None = None
     min_p: float = 0.0
     seed: int | None = None
     n: int = 1
@@ -101,39 +99,6 @@ class Draw(NamedTuple):
     top_k: jax.Array
 
 
-def sample(
-    logits: Float32[Array, "B vocab"], keys: jax.Array, params: SamplingParams
-) -> tuple[Int32[Array, " B"], Float32[Array, " B"]]:
-    """Draws one token a row, all rows by the same parameters.
-
-    Args:
-      logits: [B, vocab] float32.
-      keys: One PRNG key a row [B], so that a row's draw does not depend on its neighbours.
-      params: How to draw.
-
-    Returns:
-      The tokens, and their log-probability under softmax(logits / temperature), before top-p
-      and top-k: the distribution that a trainer can compute again. At temperature 0, under
-      softmax(logits).
-    """
-    logp = jax.nn.log_softmax(logits / (params.temperature or 1.0), axis=-1)
-    scores = logp
-    if params.temperature:
-        if params.top_p < 1 or params.top_k or params.min_p:
-            scores = _filtered(scores, _all_rows(params, logits.shape[0]))
-        scores += _noise(keys, logp.shape[1])
-    token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-    return token, jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
-
-
-def _all_rows(params: SamplingParams, rows: int) -> Draw:
-    def full(value: float) -> jax.Array:
-        return jnp.full(rows, value, jnp.float32)
-
-    top_k = jnp.full(rows, params.top_k, jnp.int32)
-    return Draw(full(params.temperature), full(params.top_p), full(params.min_p), top_k)
-
-
 def draw(
     logits: Float32[Array, "B vocab"], seeds: jax.Array, drawn: Int32[Array, " B"], how: Draw
 ) -> tuple[Int32[Array, " B"], Float32[Array, "B vocab"]]:
@@ -148,7 +113,9 @@ def draw(
       how: How to draw.
 
     Returns:
-      The tokens [B], and log softmax(logits / temperature) [B, vocab] as for `sample`.
+      The tokens [B], and log softmax(logits / temperature) [B, vocab], before top-p, top-k and
+      min-p: the distribution that a trainer can compute again. At temperature 0, log
+      softmax(logits).
     """
     greedy = how.temperature == 0
     logp = jax.nn.log_softmax(logits / jnp.where(greedy, 1, how.temperature)[:, None], axis=-1)

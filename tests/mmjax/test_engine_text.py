@@ -122,9 +122,9 @@ def test_stop_string_ends_a_sample(engine):
 
 
 def test_end_token_is_no_text(engine):
-    """An end token that is sure to come: at temperature 0 the first one, named as eos_id."""
+    """An end token that is sure to come: at temperature 0 the first one, named as one."""
     (free,) = engine.generate([prompt(9)], SamplingParams(max_tokens=8, temperature=0.0))
-    params = SamplingParams(max_tokens=8, temperature=0.0, eos_id=free.token_ids[0])
+    params = SamplingParams(max_tokens=8, temperature=0.0, stop_ids=(free.token_ids[0],))
     (done,) = engine.generate([prompt(9)], params)
     assert (done.text, done.token_ids, done.finish_reason) == ("", free.token_ids[:1], "stop")
 

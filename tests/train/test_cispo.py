@@ -1,13 +1,13 @@
-"""CISPO's updates on real rollouts: sampler against trainer, dropped groups, whole groups."""
+"""Updates on real rollouts: sampler against trainer, dropped groups, whole groups."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from mmjax.engine import SamplingParams
-from mmjax.engine.generate import PromptError
+from mmjax.sharding import make_mesh
 from tests.train.programs import (
     adamw,
     assert_same,
@@ -15,9 +15,11 @@ from tests.train.programs import (
     problems_and_tokenizer,
     tiny_model,
 )
-from train.cispo import Batch, cispo_step, minibatches
-from train.config import CispoConfig
-from train.rollout import Rollouts, roll_out
+from train.batches import Batch, bucket, minibatches
+from train.cispo import cispo_step, policy_logprobs
+from train.cispo_config import CispoConfig
+from train.config import JobConfig
+from train.rollout import Asked, Group, Sampler, encode_prompt
 from train.state import init_state
 
 CFG = CispoConfig(
@@ -39,21 +41,22 @@ def fresh():
     return init_state(model, OPTIMIZER, 0)
 
 
-def rollouts(state, graphdef, seed):
-    rng = np.random.default_rng(seed)
-    chosen = [PROBLEMS[int(i)] for i in rng.choice(len(PROBLEMS), 4, replace=False)]
-    done = roll_out(
-        nnx.merge(graphdef, state.params),
-        TOKENIZER,
-        PROBLEMS,
-        chosen,
-        SamplingParams(CFG.max_new_tokens, CFG.temperature, eos_id=TOKENIZER.eos_id),
-        jax.random.key(seed),
-        samples=2,
-        max_prompt_tokens=CFG.max_prompt_tokens,
+@pytest.fixture(scope="module")
+def sampler():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    return Sampler(tiny_model(300), TOKENIZER, JobConfig("cispo", 1, cispo=CFG), mesh)
+
+
+def rollouts(sampler, seed):
+    chosen = [int(i) for i in np.random.default_rng(seed).choice(len(PROBLEMS), 4, replace=False)]
+    groups = sampler.sample(
+        [
+            Asked(n, i, encode_prompt(TOKENIZER, PROBLEMS[i]), sampler.params(seed * 10 + n, 8))
+            for n, i in enumerate(chosen)
+        ]
     )
     # Random weights solve nothing, and a group without a difference would say nothing.
-    return done._replace(rewards=np.array([[0, 1]] * 4, np.float32))
+    return [g._replace(rewards=np.array([0, 1], np.float32)) for g in groups]
 
 
 def update(graphdef, state, batch):
@@ -61,21 +64,22 @@ def update(graphdef, state, batch):
 
 
 @pytest.fixture(scope="module")
-def first():
-    graphdef, state = fresh()
-    return rollouts(state, graphdef, 0)
+def first(sampler):
+    return rollouts(sampler, 0)
 
 
-def test_sampler_and_trainer_agree_at_learning_rate_zero():
+def test_sampler_and_trainer_agree_at_learning_rate_zero(sampler):
     graphdef, state = fresh()
     before = copied(state.params)
     for seed in range(3):
-        for batch in minibatches(rollouts(state, graphdef, seed), CFG.updates_per_batch):
+        sampler.update(state.params, seed)
+        for batch in minibatches(rollouts(sampler, seed), CFG, 8):
             assert batch.mask.sum() > 8
             state, metrics = update(graphdef, state, batch)
-            assert metrics["logprob_drift"] <= 1e-4
-            np.testing.assert_allclose(metrics["is_weight/mean"], 1, atol=1e-4)
-            assert metrics["is_weight/capped"] == 0
+            assert metrics["probability/log_difference_max"] <= 1e-4
+            assert metrics["probability/correlation"] >= 0.99999
+            np.testing.assert_allclose(metrics["ratio/mean"], 1, atol=1e-4)
+            assert metrics["clipped/positive"] == metrics["clipped/negative"] == 0
             assert metrics["grad_norm"] > 0
     assert_same(copied(state.params), before)
 
@@ -83,68 +87,70 @@ def test_sampler_and_trainer_agree_at_learning_rate_zero():
 def test_drift_shows_a_disagreement(first):
     """The test above could not pass by chance."""
     graphdef, state = fresh()
-    batch = minibatches(first, 2)[0]
+    batch = minibatches(first, CFG, 8)[0]
     _, metrics = update(graphdef, state, batch._replace(behaviour=batch.behaviour + 0.01))
-    assert 0.009 < metrics["logprob_drift"] < 0.011
+    assert 0.009 < metrics["probability/log_difference_max"] < 0.011
 
 
-def test_update_without_a_kept_group_changes_no_bit(first):
+def test_proximal_policy_is_the_sampler_before_the_first_update(first):
+    graphdef, state = fresh()
+    batch = jax.tree.map(jnp.asarray, minibatches(first, CFG, 8)[0])
+    logp = policy_logprobs(graphdef, CFG, state.params, batch)
+    np.testing.assert_allclose(logp * batch.mask, batch.behaviour * batch.mask, atol=1e-4)
+
+
+def test_update_without_a_signal_or_with_a_broken_gradient_changes_no_bit(first):
     graphdef, state = fresh()
     before = copied(state)
-    equal = first._replace(rewards=np.array([[0, 0], [1, 1], [1, 1], [0, 0]], np.float32))
-    for batch in minibatches(equal, 2):
+    equal = [
+        g._replace(rewards=np.full(2, r, np.float32))
+        for g, r in zip(first, (0, 1, 1, 0), strict=True)
+    ]
+    for batch in minibatches(equal, CFG, 8):
         assert batch.mask.sum() == 0
         state, metrics = update(graphdef, state, batch)
         assert metrics["loss"] == 0
+    whole = minibatches(first, CFG, 8)[0]
+    state, metrics = update(graphdef, state, whole._replace(advantages=whole.advantages * np.nan))
+    assert not np.isfinite(metrics["grad_norm"])
     assert_same(copied(state), before)
-    state, _ = update(graphdef, state, minibatches(first, 2)[0])
+    state, _ = update(graphdef, state, whole)
     after = copied(state)
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (after, before)), strict=True))
-
-
-def test_prompt_longer_than_the_config_allows():
-    with pytest.raises(PromptError, match=r"a prompt takes \d+ tokens.*max_prompt_tokens is 3"):
-        roll_out(
-            tiny_model(300),
-            TOKENIZER,
-            PROBLEMS,
-            [PROBLEMS[0]],
-            SamplingParams(4),
-            jax.random.key(0),
-            samples=1,
-            max_prompt_tokens=3,
-        )
 
 
 # How rollouts are dealt out.
 
 
 def made_up(rewards, seed=0):
-    """Rollouts whose tokens tell group (hundreds), sample (tens) and place."""
+    """Groups whose tokens tell group (hundreds), sample (tens) and place."""
     rng = np.random.default_rng(seed)
-    groups, samples = rewards.shape
-    width, longest = 5, 4
-    place = np.arange(width)
-    lengths = rng.integers(1, width + 1, (groups, samples))
-    tokens = (
-        1000
-        + 100 * np.arange(groups)[:, None, None]
-        + 10 * np.arange(samples)[None, :, None]
-        + place
-    ) * (place < lengths[:, :, None])
-    prompt_lengths = rng.integers(1, longest + 1, groups)
-    prompts = (1 + np.arange(groups))[:, None] * (np.arange(longest) < prompt_lengths[:, None])
-    return Rollouts(
-        prompts=prompts.astype(np.int32),
-        prompt_lengths=prompt_lengths.astype(np.int32),
-        tokens=tokens.astype(np.int32),
-        behaviour=-(tokens / 1000).astype(np.float32),
-        lengths=lengths.astype(np.int32),
-        finished=np.ones((groups, samples), bool),
-        rewards=rewards,
-        failures=0,
-        texts=[],
-    )
+    groups = []
+    for n, row in enumerate(rewards):
+        lengths = rng.integers(1, 6, len(row)).astype(np.int32)
+        width = lengths.max()
+        real = np.arange(width)[None] < lengths[:, None]
+        tokens = (1000 + 100 * n + 10 * np.arange(len(row))[:, None] + np.arange(width)) * real
+        groups.append(
+            Group(
+                number=n,
+                problem=0,
+                prompt=np.full(rng.integers(1, 5), 1 + n, np.int32),
+                tokens=tokens.astype(np.int32),
+                behaviour=-(tokens / 1000).astype(np.float32),
+                versions=np.zeros_like(tokens, dtype=np.int32),
+                forced=real & (np.arange(width)[None] == 2),
+                lengths=lengths,
+                reasons=("stop",) * len(row),
+                rewards=row,
+                components={},
+                failures=0,
+            )
+        )
+    return groups
+
+
+DEAL = CispoConfig(updates_per_batch=4, max_prompt_tokens=4, max_new_tokens=5)
 
 
 @pytest.fixture
@@ -161,45 +167,62 @@ def group_of(batch):
 
 
 def test_minibatches_hold_every_group_once_and_whole(mixed):
-    batches = minibatches(mixed, 4)
+    batches = minibatches(mixed, DEAL, 5)
     assert len(batches) == 4
     assert sorted(np.concatenate([group_of(b) for b in batches])) == list(range(8))
     for batch in batches:
-        for place, group in enumerate(group_of(batch)):
-            for name in ("tokens", "behaviour", "lengths", "prompt_lengths"):
-                np.testing.assert_array_equal(
-                    getattr(batch, name)[place], getattr(mixed, name)[group]
-                )
+        for place, number in enumerate(group_of(batch)):
+            group = mixed[number]
+            width = group.tokens.shape[1]
+            np.testing.assert_array_equal(batch.lengths[place], group.lengths)
+            np.testing.assert_array_equal(batch.tokens[place, :, :width], group.tokens)
+            np.testing.assert_array_equal(batch.behaviour[place, :, :width], group.behaviour)
+            assert batch.prompt_lengths[place] == len(group.prompt)
 
 
-def test_groups_of_equal_rewards_are_masked_out(mixed):
-    for batch in minibatches(mixed, 4):
-        for place, group in enumerate(group_of(batch)):
-            real = np.arange(5)[None] < mixed.lengths[group][:, None]
-            kept = group not in (1, 3, 6)
+def test_what_says_nothing_and_what_was_forced_is_masked_out(mixed):
+    for batch in minibatches(mixed, DEAL, 5):
+        for place, number in enumerate(group_of(batch)):
+            group = mixed[number]
+            real = np.arange(5)[None] < group.lengths[:, None]
+            real[:, 2] = False
+            kept = number not in (1, 3, 6)
             np.testing.assert_array_equal(batch.mask[place], real * kept)
-            rewards = mixed.rewards[group]
+            rewards = group.rewards
             expected = (rewards - rewards.mean()) / rewards.std() if kept else 0 * rewards
             np.testing.assert_allclose(batch.advantages[place], expected, rtol=1e-5)
 
 
 def test_groups_with_a_signal_are_dealt_out_evenly(mixed):
-    counts = [int((b.mask.sum((1, 2)) > 0).sum()) for b in minibatches(mixed, 4)]
+    counts = [int((b.advantages != 0).any(1).sum()) for b in minibatches(mixed, DEAL, 5)]
     assert sum(counts) == 5
     assert max(counts) - min(counts) <= 1
 
 
 def test_sequences_are_prompt_and_completion_without_a_gap(mixed):
-    for batch in minibatches(mixed, 4):
-        for place, group in enumerate(group_of(batch)):
-            start = mixed.prompt_lengths[group]
-            for sample in range(3):
-                row = batch.sequences[place, sample]
-                np.testing.assert_array_equal(row[:start], mixed.prompts[group, :start])
-                np.testing.assert_array_equal(row[start : start + 5], mixed.tokens[group, sample])
-                np.testing.assert_array_equal(row[start + 5 :], 0)
+    for batch in minibatches(mixed, DEAL, 5):
+        for place, number in enumerate(group_of(batch)):
+            group = mixed[number]
+            start, width = len(group.prompt), group.tokens.shape[1]
+            for row, tokens in zip(batch.sequences[place], group.tokens, strict=True):
+                np.testing.assert_array_equal(row[:start], group.prompt)
+                np.testing.assert_array_equal(row[start : start + width], tokens)
+                np.testing.assert_array_equal(row[start + width :], 0)
 
 
 def test_batches_are_of_one_shape(mixed):
-    shapes = {tuple(x.shape for x in Batch(*b)) for b in minibatches(mixed, 4)}
-    assert len(shapes) == 1
+    assert len({tuple(x.shape for x in Batch(*b)) for b in minibatches(mixed, DEAL, 5)}) == 1
+
+
+def test_batches_are_as_wide_as_the_longest_completion_needs(mixed):
+    assert [bucket(n, 4, 64) for n in (1, 16, 17, 64)] == [16, 16, 32, 64]
+    assert [bucket(n, 3, 64) for n in (22, 23, 64)] == [22, 44, 64]
+    wide = dataclasses.replace(DEAL, max_new_tokens=40, length_buckets=8)
+    assert minibatches(mixed, wide, 40)[0].tokens.shape[-1] == 5
+
+
+def test_sampler_keeps_weights_that_the_trainer_gave_away(sampler):
+    _, state = fresh()
+    sampler.update(state.params, 7)
+    jax.tree.map(lambda x: x.delete(), state.params)
+    assert sampler.sample([Asked(0, 0, [5, 6], sampler.params(1, 4))])[0].versions.max() == 7

@@ -17,7 +17,8 @@ from mmjax.model import Decoder
 from mmjax.sharding import ShardingRules
 from tests.train.programs import lenient
 from train import config as job_config
-from train.cispo import Batch, cispo_step
+from train.batches import Batch
+from train.cispo import cispo_step
 from train.config import build
 from train.data.reasoning import split_problems
 from train.gin_overlay import apply_gin
@@ -165,6 +166,55 @@ def test_contradictions_are_named_at_once():
     assert "data.tasks is empty" in text
 
 
+CONTRADICTIONS = [
+    ({"is_weight_cap": 0.2}, r"is absolute, 1 \+ ε: .* for ε = 0.2 write 1.2"),
+    ({"is_weight_floor": 1.5}, "is_weight_floor 1.5 must be in"),
+    ({"trust_low": 0.2}, "the two sides of one mask"),
+    ({"clip_high": 0.2}, "clip_low and clip_high belong to the other algorithms"),
+    ({"algorithm": "dapo", "is_weight_cap": 4.0}, "dapo clips the update by"),
+    ({"algorithm": "dapo", "clip_low": 1.5}, "low must be in"),
+    ({"algorithm": "grpo", "clip_high": 0.28}, "has one ε.* that makes dapo"),
+    ({"algorithm": "dr_grpo", "advantage_scale": "group"}, "it is another algorithm"),
+    ({"algorithm": "gspo", "normaliser": "tokens"}, "would weigh samples by their length"),
+    ({"anchor": "proximal", "updates_per_batch": 1}, "makes every ratio 1"),
+    ({"correction_cap": 2.0}, "which the ratio to anchor 'behaviour' does already"),
+    ({"samples_per_prompt": 1}, "leaves no group to compare"),
+]
+
+
+@pytest.mark.parametrize(("values", "says"), CONTRADICTIONS)
+def test_choices_of_the_loss_that_contradict_are_refused_with_the_reason(values, says):
+    changes = {f"cispo__{name}": value for name, value in values.items()}
+    assert re.search(says, message(job(task="cispo", **changes)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"sampling__windows": (32, 16)}, "must ascend and end with cispo.max_new_tokens 64"),
+        ({"sampling__overlong_tokens": 64}, "must be less than the shortest limit, 64"),
+        ({"sampling__thinking_budget": 64}, "leaves no token of 64 for an answer"),
+        ({"sampling__repetition_probability": 1.0}, r"must be in \(0, 1\), got 1.0"),
+        ({"asynchronous__sampler_devices": 1}, "set asynchronous.max_staleness to at least 1"),
+    ],
+)
+def test_sampling_rules_that_contradict_are_refused(changes, says):
+    assert re.search(says, message(job(task="cispo", **changes)))
+
+
+def test_algorithms_take_their_published_choices():
+    loss = {
+        name: build(job(task="cispo", cispo__algorithm=name)).cispo.loss
+        for name in job_config.ALGORITHMS
+    }
+    assert loss["cispo"][:2] == ("group_tokens", "group")
+    assert loss["grpo"] == ("sample", "group", 0.2, 0.2)
+    assert loss["dapo"][2:] == (0.2, 0.28)
+    assert loss["dr_grpo"][:2] == ("max_tokens", "none")
+    other = build(job(task="cispo", cispo__normaliser="prompt", cispo__advantage_scale="batch"))
+    assert other.cispo.loss[:2] == ("prompt", "batch")
+
+
 def test_text_without_paths():
     assert "data.paths is empty" in message(job(task="pretrain", data__source="text"))
 
@@ -242,6 +292,7 @@ def rl_batch(cfg):
         lengths=array(jnp.int32, n, g),
         tokens=array(jnp.int32, n, g, t),
         behaviour=array(jnp.float32, n, g, t),
+        anchor=array(jnp.float32, n, g, t),
         mask=array(jnp.float32, n, g, t),
         advantages=array(jnp.float32, n, g),
     )

@@ -5,17 +5,15 @@ import json
 import random
 from collections import Counter
 
-import jax
 import numpy as np
 import pytest
 import reasoning_gym
 
 from mmjax.chat import THINK_END, render_chat, split_thinking
 from mmjax.config import ConfigError
-from mmjax.engine import Completions, SamplingParams
 from mmjax.tokenizer import BOS, EOS, Tokenizer, TokenizerError
 from tests.train.programs import problems_and_tokenizer
-from train import rollout
+from train.cispo_config import SamplingConfig
 from train.data.packing import Example, packed_batches
 from train.data.reasoning import (
     ReasoningProblems,
@@ -28,7 +26,7 @@ from train.data.tokenizer import train_tokenizer
 from train.pretrain import _pieces
 from train.rewards.gym import GymSource
 from train.rewards.scoring import Score, score_completions
-from train.rollout import roll_out
+from train.rollout import Group, score, texts_of
 
 LENGTH = 16
 
@@ -242,30 +240,38 @@ def test_thinking_is_split_from_the_answer():
 # Scored rollouts, with completions given instead of sampled.
 
 
-def rollouts(monkeypatch, texts, finished=True, problems=None, samples=2):
+def scored_groups(texts, reason="stop", problems=None):
+    """Two groups of two samples."""
     own, tokenizer = problems_and_tokenizer()
-    problems = problems or own
-    encoded = [tokenizer.encode(t) for t in texts]
-    width = max(map(len, encoded))
-    tokens = np.array([ids + [0] * (width - len(ids)) for ids in encoded], np.int32)
-    done = Completions(
-        tokens,
-        np.zeros(tokens.shape, np.float32),
-        np.array([len(ids) for ids in encoded], np.int32),
-        np.full(len(texts), finished),
-    )
-    monkeypatch.setattr(rollout, "generate", lambda *args, **kwargs: done)
-    chosen = [problems[i] for i in range(len(texts) // samples)]
-    return roll_out(
-        None,
-        tokenizer,
-        problems,
-        chosen,
-        SamplingParams(width),
-        jax.random.key(0),
-        samples=samples,
-        max_prompt_tokens=200,
-    )
+    groups = []
+    for number in range(2):
+        rows = [np.array(tokenizer.encode(t), np.int32) for t in texts[2 * number : 2 * number + 2]]
+        lengths = np.array([len(row) for row in rows], np.int32)
+        tokens = np.zeros((2, lengths.max()), np.int32)
+        for place, row in zip(tokens, rows, strict=True):
+            place[: len(row)] = row
+        drawn = np.zeros(tokens.shape, np.float32)
+        group = Group(
+            number=number,
+            problem=number,
+            prompt=np.ones(3, np.int32),
+            tokens=tokens,
+            behaviour=drawn,
+            versions=tokens * 0,
+            forced=drawn > 0,
+            lengths=lengths,
+            reasons=(reason, reason),
+            rewards=np.full(2, np.nan, np.float32),
+            components={},
+            failures=0,
+        )
+        assert not any(EOS in text for text in texts_of(group, tokenizer))
+        groups.append(group)
+    return score(groups, problems or own, tokenizer, SamplingConfig(), 200)
+
+
+def rewards_of(groups):
+    return [group.rewards.tolist() for group in groups]
 
 
 def right_and_wrong(problems):
@@ -275,34 +281,34 @@ def right_and_wrong(problems):
     return [right[0], wrong, wrong, right[1]]
 
 
-def test_rewards_stand_beside_their_samples(monkeypatch):
+def test_rewards_stand_beside_their_samples():
     problems, _ = problems_and_tokenizer()
-    done = rollouts(monkeypatch, right_and_wrong(problems))
-    np.testing.assert_array_equal(done.rewards, [[1, 0], [0, 1]])
-    assert done.rewards.dtype == np.float32
-    assert done.failures == 0
-    assert not any(EOS in text for text in done.texts)
+    done = scored_groups(right_and_wrong(problems))
+    assert rewards_of(done) == [[1, 0], [0, 1]]
+    assert [g.rewards.dtype for g in done] == [np.float32] * 2
+    assert [g.failures for g in done] == [0, 0]
+    assert [g.components["correct"].tolist() for g in done] == rewards_of(done)
 
 
-def test_completion_cut_off_at_the_limit_scores_nothing(monkeypatch):
+@pytest.mark.parametrize("reason", ["length", "repetition"])
+def test_completion_that_did_not_end_by_itself_scores_nothing(reason):
     problems, _ = problems_and_tokenizer()
-    done = rollouts(monkeypatch, right_and_wrong(problems), finished=False)
-    np.testing.assert_array_equal(done.rewards, 0)
+    assert rewards_of(scored_groups(right_and_wrong(problems), reason)) == [[0, 0], [0, 0]]
 
 
 def test_verifier_that_raises_costs_its_own_sample_alone(monkeypatch):
     problems, _ = problems_and_tokenizer()
-    score = GymSource.score
+    verdict = GymSource.score
 
     def raising(source, problem, answer):
         if answer == "12345" and problem == problems[0]:
             raise RuntimeError("verifier broke")
-        return score(source, problem, answer)
+        return verdict(source, problem, answer)
 
     monkeypatch.setattr(GymSource, "score", raising)
-    done = rollouts(monkeypatch, right_and_wrong(problems), problems=problems)
-    np.testing.assert_array_equal(done.rewards, [[1, 0], [0, 1]])
-    assert done.failures == 1
+    done = scored_groups(right_and_wrong(problems), problems=problems)
+    assert rewards_of(done) == [[1, 0], [0, 1]]
+    assert [g.failures for g in done] == [1, 0]
 
 
 # Tokenizer and chat.

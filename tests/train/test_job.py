@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmjax.config import ConfigError, ModelConfig
 from mmjax.sharding import ShardingError, ShardingRules, make_mesh
-from tests.train.programs import problems_and_tokenizer
+from tests.train.programs import assert_same, problems_and_tokenizer, tiny_model
 from train.cispo import _reached
 from train.config import CheckpointConfig, DataConfig, JobConfig
-from train.job import Job
+from train.job import Job, _with_activations
 from train.metrics import read_metrics
 from train.state import TrainState
 from train.tasks import run_task
@@ -36,6 +37,7 @@ class Run:
         self.job.cfg = JobConfig("sft", steps, checkpoint=CheckpointConfig(every=every, keep=99))
         self.job.workdir, self.job.tokenizer = workdir, TOKENIZER
         self.job.mesh, self.job.stop_signal = make_mesh({"data": 8}), None
+        self.job.stop_reason = None
         zero = jnp.zeros((), jnp.int32)
         state = TrainState(zero, {"sum": zero}, (), jax.random.key_data(jax.random.key(0)))
         self.job.state = self.job._replicate_scalars(state)
@@ -127,6 +129,29 @@ def test_signal_ends_the_job_after_the_step_with_a_checkpoint(straight, tmp_path
     assert run.checkpoints == [3, 5]
     Run(tmp_path).go()
     assert read_metrics(tmp_path) == read_metrics(straight.job.workdir)
+
+
+def test_step_can_stop_the_job_with_a_checkpoint(straight, tmp_path):
+    run = Run(tmp_path)
+
+    def step(at):
+        run.job.stop_reason = "entropy collapsed" if at == 5 else None
+        return {}
+
+    run.extra = step
+    run.go()
+    assert run.steps == [1, 2, 3, 4, 5]
+    assert run.checkpoints == [3, 5]
+    Run(tmp_path).go()
+    assert read_metrics(tmp_path) == read_metrics(straight.job.workdir)
+
+
+def test_loaded_parameters_can_have_narrower_activations():
+    model = tiny_model(48)
+    narrow = _with_activations(model, "bfloat16")
+    out = jax.eval_shape(lambda: narrow(jnp.zeros((1, 4), jnp.int32)))
+    assert out.hidden.dtype == jnp.bfloat16
+    assert_same(nnx.state(narrow), nnx.state(model))
 
 
 def test_finished_job_does_nothing_more(tmp_path):

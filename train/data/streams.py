@@ -32,24 +32,6 @@ class Resumable(Protocol):
         """Back to a place."""
 
 
-class Everywhere:
-    """One Grain iterator that every process reads whole."""
-
-    def __init__(self, data: grain.DatasetIterator[Any]) -> None:
-        self._data = data
-
-    def __next__(self) -> Any:
-        return next(self._data)
-
-    def get_state(self) -> dict[str, Any]:
-        """Under one name, the same in all processes."""
-        return {"all": self._data.get_state()}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Back to a place."""
-        self._data.set_state(state["all"])
-
-
 class Streams:
     """Batches of B rows from S streams, of which this process reads those that it needs.
 

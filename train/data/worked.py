@@ -25,8 +25,44 @@ def _think_chain(question: str) -> str:
     return "".join(lines)
 
 
+def _think_gcd(question: str) -> str:
+    """Euclid's remainders: `48%18=12`, `18%12=6`, `12%6=0`."""
+    a, b = map(int, question.partition(": ")[2].partition(".")[0].split(", "))
+    lines = []
+    while b:
+        lines.append(f"{a}%{b}={a % b}\n")
+        a, b = b, a % b
+    return "".join(lines)
+
+
+def _think_letters(question: str) -> str:
+    """Each word with its count of the letter, and the running total: `banana 3 3`."""
+    letter, text = question.split('"')[1], question.split('"')[3]
+    total, lines = 0, []
+    for word in text.split():
+        total += word.lower().count(letter.lower())
+        lines.append(f"{word} {word.lower().count(letter.lower())} {total}\n")
+    return "".join(lines)
+
+
+def _think_product(question: str) -> str:
+    """Partial products of the second factor's digits, then their running sum."""
+    first, second = question.partition(": ")[2].partition(".")[0].split(" * ")
+    total, lines = 0, []
+    for place, digit in enumerate(reversed(second)):
+        part = int(first) * int(digit) * 10**place
+        lines.append(f"{first}*{int(digit) * 10**place}={part} {total}+{part}={total + part}\n")
+        total += part
+    return "".join(lines)
+
+
 WORKED = {
     "chain_sum": Worked(
         {"min_terms": 4, "max_terms": 4, "min_digits": 1, "max_digits": 1}, _think_chain
+    ),
+    "gcd": Worked({"min_numbers": 2, "max_numbers": 2, "max_value": 200}, _think_gcd),
+    "letter_counting": Worked({"min_words": 3, "max_words": 6}, _think_letters),
+    "products": Worked(
+        {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}, _think_product
     ),
 }

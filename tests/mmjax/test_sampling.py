@@ -1,0 +1,77 @@
+"""The draw of one token a row: filters, temperature, what log-probabilities are of."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax.engine import SamplingParams, sampling
+
+
+def choose(logits, temperature=1.0, top_p=1.0, min_p=0.0, top_k=0):
+    """(tokens, log-probabilities of all) for rows that draw alike, each with a key of its own."""
+    rows = logits.shape[0]
+
+    def full(value, dtype=jnp.float32):
+        return jnp.full(rows, value, dtype)
+
+    how = sampling.Draw(full(temperature), full(top_p), full(min_p), full(top_k, jnp.int32))
+    keys = jax.random.split(jax.random.key(1), rows)
+    return jax.device_get(sampling.draw(logits, keys, full(0, jnp.int32), how))
+
+
+LOGITS = jnp.asarray(np.random.default_rng(0).standard_normal((64, 48)) * 3, jnp.float32)
+
+
+def draw(**params):
+    tokens, logp = choose(LOGITS, **params)
+    return tokens, np.take_along_axis(logp, tokens[:, None], 1)[:, 0]
+
+
+@pytest.mark.parametrize(
+    "params", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}]
+)
+def test_settings_that_leave_only_the_likeliest(params):
+    tokens, _ = draw(**params)
+    np.testing.assert_array_equal(tokens, LOGITS.argmax(-1))
+
+
+def test_plain_sampling_is_not_greedy():
+    assert (draw()[0] != LOGITS.argmax(-1)).any()
+
+
+@pytest.mark.parametrize("params", [{"top_k": 3}, {"top_p": 0.5}, {}])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_are_of_the_distribution_before_filters(params, temperature):
+    tokens, logprobs = draw(temperature=temperature, **params)
+    expected = jax.nn.log_softmax(LOGITS / temperature)[np.arange(64), tokens]
+    np.testing.assert_allclose(logprobs, expected, rtol=1e-6)
+
+
+def test_greedy_logprobs_are_at_temperature_one():
+    tokens, logprobs = draw(temperature=0.0)
+    expected = jax.nn.log_softmax(LOGITS)[np.arange(64), tokens]
+    np.testing.assert_allclose(logprobs, expected, rtol=1e-6)
+
+
+def test_top_k_keeps_k():
+    tokens, _ = draw(top_k=3, temperature=10.0)
+    rank = (LOGITS[np.arange(64), tokens][:, None] < LOGITS).sum(-1)
+    assert set(rank.tolist()) == {0, 1, 2}
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it():
+    probability = jnp.array([0.4, 0.3, 0.2, 0.1])
+    logits = jnp.tile(jnp.log(probability)[None], (200, 1))
+    for top_p, kept in ((0.35, {0}), (0.45, {0, 1}), (0.75, {0, 1, 2}), (1.0, {0, 1, 2, 3})):
+        tokens, _ = choose(logits, top_p=top_p)
+        assert set(tokens.tolist()) == kept
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}],
+)
+def test_sampling_parameters_out_of_range(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must .*got"):
+        SamplingParams(**wrong)
