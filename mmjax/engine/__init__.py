@@ -2,6 +2,7 @@
 
 from mmjax.engine.engine import Engine
 from mmjax.engine.generate import Completions, generate
+from mmjax.engine.images import ImagePrompt
 from mmjax.engine.results import Completion, EngineStats, Output, RequestError, TokenLogprob
 from mmjax.engine.sampling import RepetitionHalt, SamplingParams
 
@@ -10,6 +11,7 @@ __all__ = [
     "Completions",
     "Engine",
     "EngineStats",
+    "ImagePrompt",
     "Output",
     "RepetitionHalt",
     "RequestError",
