@@ -188,7 +188,7 @@ class ModelConfig:
     @classmethod
     def minimax_vl_01(cls, **overrides: Any) -> ModelConfig:
         """MiniMax-VL-01: Text-01 with 8,192 positions, and a vision tower in front."""
-        values = {"max_position_embeddings": 8192, "vision": VisionConfig()}
+        values: dict[str, Any] = {"max_position_embeddings": 8192, "vision": VisionConfig()}
         return cls(**values | overrides)
 
     @classmethod

@@ -66,11 +66,11 @@ class Output(NamedTuple):
 
 class ImageTokens(NamedTuple):
     """features [B, R, D]: what the images of each row are made of, see `Vision.features`;
-    index [B, T] int32: the feature that stands at a token, negative for the token's own embedding.
+    rows [B, T] int32: the feature that stands at a token, negative for the token's own embedding.
     """
 
     features: jax.Array
-    index: jax.Array
+    rows: jax.Array
 
 
 class SuperBlock(nnx.Module):
@@ -227,10 +227,10 @@ class Decoder(nnx.Module):
 
 
 def _with_images(h: jax.Array, images: ImageTokens) -> jax.Array:
-    """Embeddings [B, T, D] with features in the places that `images.index` gives them."""
-    place = jnp.maximum(images.index, 0)[..., None]
+    """Embeddings [B, T, D] with features in the places that `images.rows` gives them."""
+    place = jnp.maximum(images.rows, 0)[..., None]
     found = jnp.take_along_axis(images.features.astype(h.dtype), place, axis=1)
-    return jnp.where((images.index >= 0)[..., None], found, h)
+    return jnp.where((images.rows >= 0)[..., None], found, h)
 
 
 def _vision(cfg: ModelConfig, vision: VisionConfig, rngs: nnx.Rngs) -> Vision:

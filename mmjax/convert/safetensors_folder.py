@@ -108,7 +108,8 @@ class SafetensorsParams(Params):
     def _sharded(self, name: str, spec: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
         parts: dict[tuple[tuple[int | None, ...], ...], np.ndarray] = {}
 
-        def read(index: Index) -> np.ndarray:
+        def read(index: Index | None) -> np.ndarray:
+            assert index is not None
             # Devices that hold the same part share one reading of it.
             bounds = tuple((cut.start, cut.stop) for cut in index)
             if bounds not in parts:

@@ -141,7 +141,8 @@ def _rows(lead: int, size: int) -> Iterator[tuple[int, range]]:
 
 def _grouped(file: str, parts: list[_Part]) -> Iterator[Unit]:
     """Units of neighbouring parts."""
-    offset, group, filled = 0, [], 0
+    offset = filled = 0
+    group: list[Callable[[], np.ndarray | bytes]] = []
     for size, make in parts:
         if group and filled + size > stream.UNIT_BYTES:
             yield Unit(file, offset, filled, tuple(group))

@@ -81,15 +81,15 @@ def run(args: argparse.Namespace) -> int:
         engine = Engine(model, tokenizer, max_slots=1, max_length=length)
         _chat(engine, tokenizer, params, args)
         return 0
-    prompts: list[Prompt] = [tokenizer.encode(_rendered(text, tokenizer, args)) for text in texts]
-    longest = args.max_length or max(map(len, prompts)) + params.max_tokens
+    encoded = [tokenizer.encode(_rendered(text, tokenizer, args)) for text in texts]
+    prompts: list[Prompt] = [*encoded]
+    more = 0
     if images:
         if model.cfg.vision is None:
             raise RequestError(f"the model in {args.path} takes no images; leave out --image")
-        longest += (
-            0 if args.max_length else sum(image_tokens(i.size, model.cfg.vision) for i in images)
-        )
-        prompts = [ImagePrompt(*prompts, images)]
+        more = sum(image_tokens(image.size, model.cfg.vision) for image in images)
+        prompts = [ImagePrompt(encoded[0], images)]
+    longest = args.max_length or max(map(len, encoded)) + more + params.max_tokens
     slots = min(len(prompts), SLOTS)
     engine = Engine(model, tokenizer, max_slots=slots, max_length=longest, num_prefixes=slots)
     _print_all(engine, texts, prompts, params)

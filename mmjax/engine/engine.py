@@ -501,7 +501,8 @@ class Engine:
         """The prompt's ids, and its images with the places of their tokens."""
         images: Sequence[Image] = ()
         if isinstance(prompt, ImagePrompt):
-            prompt, images = prompt.prompt, prompt.images
+            images = prompt.images
+            prompt = prompt.prompt
         if self.tokenizer is None:
             wants = {"a text prompt": isinstance(prompt, str), "stop": bool(params.stop)}
             wants["thinking_budget"] = params.thinking_budget is not None

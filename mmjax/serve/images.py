@@ -170,7 +170,8 @@ def _body(
     told = f"the image has more than {most} bytes"
     if (answer.length or 0) > most:
         raise _wrong(told)
-    parts, size = [], 0
+    parts: list[bytes] = []
+    size = 0
     while True:
         # One that sends a byte now and then would never time out by itself.
         if connection.sock is not None:

@@ -129,7 +129,7 @@ def tiles(image: Image, cfg: VisionConfig) -> np.ndarray:
     where = fit(image.size, cfg)
     canvas = np.zeros((*where.resolution, 3), np.uint8)
     (top, left), (height, width) = where.offset, where.resized
-    canvas[top : top + height, left : left + width] = _resized(picture, where.resized)
+    canvas[top : top + height, left : left + width] = np.asarray(_resized(picture, where.resized))
     down, across = tile_grid(image.size, cfg)
     cut = canvas.reshape(down, side, across, side, 3).swapaxes(1, 2)
     return np.concatenate([thumbnail, cut.reshape(-1, side, side, 3)])

@@ -207,20 +207,23 @@ def test_too_little_room_is_told_before_anything_is_written(source, tmp_path, mo
 # Size ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "keys", "numbers"),
-    [("minimax_m1", 8243, "456,089,655,296"), ("minimax_vl_01", 8637, "456,437,219,328")],
-)
-def test_released_structure_in_hundreds_of_shards(
-    name, keys, numbers, tmp_path, monkeypatch, capsys
-):
+def test_released_structure_in_hundreds_of_shards(tmp_path, monkeypatch, capsys):
     """Files of their full 912 GB, of which only the headers are on the disk; none else is read."""
     monkeypatch.setattr(stream, "UNIT_BYTES", 128 * 2**20)
     folder = tmp_path / "model"
-    argv = ["synth", str(folder), "--preset", name, "--fill", "zeros", "--shard-mb", "2350"]
+    argv = [
+        "synth",
+        str(folder),
+        "--preset",
+        "minimax_vl_01",
+        "--fill",
+        "zeros",
+        "--shard-mb",
+        "2350",
+    ]
     assert cli.main(argv) == 0
     index = json.loads((folder / "model.safetensors.index.json").read_text())
-    assert len(index["weight_map"]) == keys
+    assert len(index["weight_map"]) == 8637
     assert len(set(index["weight_map"].values())) > 400
     on_disk = sum(p.stat().st_blocks * 512 for p in folder.iterdir())
     assert on_disk < 30e6 < 9e11 < sum(p.stat().st_size for p in folder.iterdir())
@@ -230,7 +233,7 @@ def test_released_structure_in_hundreds_of_shards(
     )
     told = capsys.readouterr().out
     assert "hf, 4" in told
-    assert f"{numbers} parameters" in told
+    assert "456,437,219,328 parameters" in told
     assert "nothing was written" in told
     assert entries(tmp_path) == ["model"]
 

@@ -150,7 +150,7 @@ def test_golden_tower(case, model):
 
 
 def test_golden_features(case, image_tokens_of):
-    index = np.asarray(image_tokens_of.index[0])
+    index = np.asarray(image_tokens_of.rows[0])
     packed = np.asarray(image_tokens_of.features[0])[index[index >= 0]]
     np.testing.assert_allclose(packed, case["image_features"], atol=1e-5, rtol=0)
 
@@ -171,7 +171,7 @@ def test_golden_decode(case, model, image_tokens_of):
     tokens = jnp.asarray(case["input_ids"].reshape(1, -1), jnp.int32)
     count = int(case["prefill_len"])
     cache = HybridCache.create(model.cfg, 1, tokens.shape[1])
-    images = ImageTokens(image_tokens_of.features, image_tokens_of.index[:, :count])
+    images = ImageTokens(image_tokens_of.features, image_tokens_of.rows[:, :count])
     out = jax.jit(lambda t, c, i: model(t, cache=c, images=i))(tokens[:, :count], cache, images)
     logits, _ = decode(model, tokens[:, count:], out.cache)
     wanted = case["decode_logits"].reshape(logits.shape)

@@ -31,8 +31,20 @@ def case(golden):
 
 
 @pytest.fixture(scope="module")
-def model(golden):
-    return mmjax.load(golden / "vl" / "tiny_two_images")
+def tokenizer():
+    tokenizer = byte_tokenizer()
+    tokenizer.backend.add_special_tokens(["<image>"])
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(golden, tokenizer):
+    """Of the golden model's shape, but that bytes and <image> are among its tokens."""
+    cfg = mmjax.ModelConfig.from_hf(golden / "vl" / "tiny_two_images")
+    vision = dataclasses.replace(cfg.vision, image_token_id=258)
+    assert tokenizer.backend.token_to_id("<image>") == 258
+    changes = {"vocab_size": 259, "dtype": "float32", "param_dtype": "float32"}
+    return random_model(dataclasses.replace(cfg, vision=vision, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +53,8 @@ def images(case):
 
 
 @pytest.fixture(scope="module")
-def engine(model):
-    return Engine(model, **SIZES, prefix_block=16)
+def engine(model, tokenizer):
+    return Engine(model, tokenizer, **SIZES, prefix_block=16)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +64,7 @@ def expected(case, model, images):
     tiles = np.concatenate([pixel_values(image, cfg) for image in images])
     first = tile_count(images[0].size, cfg)
     rows = [feature_index(images[0].size, cfg), feature_index(images[1].size, cfg, first)]
-    ids = case["input_ids"].reshape(-1).tolist()
+    ids = ours(case["input_ids"])
     index = np.full(len(ids) + 6, -1, np.int32)
     index[: len(ids)][np.array(ids) == cfg.image_token_id] = np.concatenate(rows)
     features = jax.jit(model.vision.features)(jnp.asarray(tiles))[None]
@@ -66,8 +78,13 @@ def expected(case, model, images):
     return ids[-6:]
 
 
+def ours(ids):
+    """The golden prompt with this model's image token."""
+    return np.where(ids == 125, 258, ids).reshape(-1).tolist()
+
+
 def unexpanded(case):
-    return case["unexpanded_input_ids"].reshape(-1).tolist()
+    return ours(case["unexpanded_input_ids"])
 
 
 def test_two_images_of_a_prompt(case, engine, images, expected):
@@ -89,7 +106,7 @@ def test_prefixes_are_kept_by_content(case, model, engine, images, expected, mon
     other = Image.of(255 - images[0].pixels)
     changed = ImagePrompt(unexpanded(case), [other, images[1]])
     (done,) = engine.generate([changed], GREEDY)
-    before = case["input_ids"].reshape(-1).tolist().index(engine.cfg.vision.image_token_id)
+    before = unexpanded(case).index(258)
     assert done.cached_tokens <= before
     (fresh,) = Engine(model, **SIZES, num_prefixes=0).generate([changed], GREEDY)
     assert done.token_ids == fresh.token_ids
@@ -141,15 +158,9 @@ def test_a_model_of_text_takes_no_images(golden, images):
 
 
 @pytest.fixture(scope="module")
-def folder(model, tmp_path_factory):
-    """The golden model with more tokens, so that bytes and <image> are among them."""
-    tokenizer = byte_tokenizer()
-    tokenizer.backend.add_special_tokens(["<image>"])
-    token = tokenizer.backend.token_to_id("<image>")
-    vision = dataclasses.replace(model.cfg.vision, image_token_id=token)
-    cfg = dataclasses.replace(model.cfg, vocab_size=tokenizer.vocab_size, vision=vision)
+def folder(model, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("vl") / "model"
-    mmjax.save(random_model(cfg), folder)
+    mmjax.save(model, folder)
     tokenizer.save(folder)
     return folder
 
@@ -167,8 +178,7 @@ def test_generate_with_pictures(folder, tmp_path, capsys):
     assert "--image goes with one --prompt" in capsys.readouterr().err
 
 
-def test_images_over_http(folder):
-    engine = Engine(mmjax.load(folder), mmjax.Tokenizer.load(folder), **SIZES)
+def test_images_over_http(engine):
     stream = io.BytesIO()
     PIL.Image.new("RGB", (28, 28), (0, 200, 0)).save(stream, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
