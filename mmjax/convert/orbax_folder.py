@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from absl import logging
 from jax.sharding import Sharding
 
 from mmjax.config import ModelConfig
@@ -50,7 +52,7 @@ def orbax_output(params: Params) -> Output:
 
     def prepare(folder: Path) -> None:
         path = folder.resolve() / PARAMS
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+        with _quiet(), ocp.Checkpointer(_without_ocdbt()) as checkpointer:
             one = {name: np.zeros(1, spec.dtype) for name, spec in params.specs.items()}
             checkpointer.save(path, args=ocp.args.PyTreeSave(one))
         for name, spec in params.specs.items():
@@ -67,20 +69,34 @@ def orbax_output(params: Params) -> Output:
     return Output(units, texts, prepare, max(unit.size for unit in units))
 
 
+def _without_ocdbt() -> ocp.PyTreeCheckpointHandler:
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps from the terminal that Orbax finds no OCDBT to merge, which is as it should be."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def _chunk(table: Table, name: str, spec: jax.ShapeDtypeStruct) -> tuple[int, ...]:
     """Shape of a parameter's chunks: at most a unit, and in a released file side by side."""
     place, piece = next(iter(table.of_param(name).items()))
     chunk = [1] * len(place) + list(piece.view.param_shape)
     axis = len(place) + piece.view.lead_axis
     row = math.prod(chunk) * spec.dtype.itemsize // chunk[axis]
-    most = max(stream.UNIT_BYTES // row, 1)
-    chunk[axis] = min(most, chunk[axis])
+    chunk[axis] = stream.even_step(chunk[axis], row)
     # Small parameters go on over layers and experts.
     for i in reversed(range(len(place))):
         if chunk[i + 1 :] != list(spec.shape[i + 1 :]):
             break
         size = math.prod(chunk) * spec.dtype.itemsize
-        chunk[i] = min(max(stream.UNIT_BYTES // size, 1), spec.shape[i])
+        chunk[i] = stream.even_step(spec.shape[i], size)
     return tuple(chunk)
 
 

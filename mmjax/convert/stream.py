@@ -74,6 +74,12 @@ class Output:
         return hashlib.sha256(json.dumps([told, dict(self.texts)]).encode()).hexdigest()
 
 
+def even_step(count: int, size: int) -> int:
+    """How many of `count` things of `size` bytes a unit takes, all units about alike, one least."""
+    most = max(UNIT_BYTES // max(size, 1), 1)
+    return -(-count // -(-count // most))
+
+
 class Report(NamedTuple):
     """Bytes of a model folder, of those the ones written now, and the seconds it took."""
 

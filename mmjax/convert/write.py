@@ -133,7 +133,7 @@ type _Part = tuple[int, Callable[[], np.ndarray | bytes]]
 def _rows(lead: int, size: int) -> Iterator[tuple[int, range]]:
     """Bytes and rows of the parts in which a tensor is made."""
     each = size // lead
-    step = max(stream.UNIT_BYTES // max(each, 1), 1)
+    step = stream.even_step(lead, each)
     for start in range(0, lead, step):
         rows = range(start, min(start + step, lead))
         yield each * len(rows), rows

@@ -68,10 +68,9 @@ class Features:
         features = np.zeros((1, size, first.shape[1]), first.dtype)
         index = np.full((1, size), -1, np.int32)
         for begin, stop, origin, image in here:
-            features[0, begin - start : stop - start] = self.of(image)[
-                begin - origin : stop - origin
-            ]
-            index[0, begin - start : stop - start] = np.arange(begin - start, stop - start)
+            there = slice(begin - start, stop - start)
+            features[0, there] = self.of(image)[begin - origin : stop - origin]
+            index[0, there] = np.arange(size)[there]
         return ImageTokens(features, index)  # type: ignore[arg-type]
 
     def _compute(self, image: Image) -> np.ndarray:

@@ -11,12 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+from flax import nnx
 
 import mmjax
 from mmjax import HybridCache, ModelConfig
 from mmjax.config import ConfigError
 from mmjax.convert import convert
+from mmjax.convert.params import by_name
 from mmjax.model import ImageTokens
+from mmjax.sharding import make_mesh
 from mmjax.vision import (
     Image,
     ImageError,
@@ -226,6 +229,15 @@ def test_vl_checkpoint_there_and_back(golden, tmp_path, layout):
         names = set(read_tensors(tmp_path / "there"))
         assert {"lm_head.weight", "model.image_newline", "model.language_model.norm.weight"} < names
         assert "model.vision_tower.encoder.layers.2.mlp.fc1.bias" in names
+
+
+def test_vl_checkpoint_onto_a_mesh(golden, model):
+    mesh = make_mesh({"data": 2, "model": 2}, jax.devices()[:4])
+    loaded = by_name(nnx.state(mmjax.load(golden / "vl" / "tiny_two_images", mesh=mesh)))
+    for name, variable in by_name(nnx.state(model)).items():
+        np.testing.assert_array_equal(loaded[name].get_value(), variable.get_value())
+    assert loaded["vision.patch"].get_value().sharding.is_fully_replicated
+    assert not loaded["embed.embedding"].get_value().sharding.is_fully_replicated
 
 
 # Images that nobody should send ----------------------------------------------------------------

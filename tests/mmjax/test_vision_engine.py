@@ -20,7 +20,7 @@ from tests.mmjax.engines import byte_tokenizer
 from tests.mmjax.programs import random_model
 from tests.mmjax.serving import CHAT, post, serving
 
-SIZES = {"max_slots": 2, "max_length": 512, "page_size": 16, "prefill_chunk": 64}
+SIZES = {"max_slots": 2, "max_length": 512, "page_size": 16, "prefill_chunk": 16}
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 
 
@@ -54,7 +54,7 @@ def images(case):
 
 @pytest.fixture(scope="module")
 def engine(model, tokenizer):
-    return Engine(model, tokenizer, **SIZES, prefix_block=16)
+    return Engine(model, tokenizer, **SIZES)
 
 
 @pytest.fixture(scope="module")

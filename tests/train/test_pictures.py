@@ -151,7 +151,7 @@ def test_frozen_parameters_get_no_gradient_and_no_moments():
 def test_a_job_from_pictures_to_a_page(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("train.job.make_optimizer", lambda *a: lenient(make_optimizer(*a)))
     config = vl_openmoji.get_config()
-    config.steps = 3
+    config.steps, config.remat = 3, "none"
     config.data.paths = (str(folder),)
     config.data.sequence_length = 128
     config.data.tiles_per_row = 8

@@ -45,9 +45,13 @@ def make_pictures(package: Path, out: Path, side: int) -> int:
         for emoji in told:
             code = emoji["hexcode"]
             svg = _read(archive, files[f"package/color/svg/{code}.svg"]).decode()
-            # System fonts take longest to load, and would make pictures differ between machines.
-            how = {"width": side, "height": side, "background": "white", "skip_system_fonts": True}
-            png = resvg_py.svg_to_bytes(svg_string=svg, **how)
+            png = resvg_py.svg_to_bytes(
+                svg_string=svg,
+                width=side,
+                height=side,
+                background="white",
+                skip_system_fonts=True,  # They take long to load, and differ between machines.
+            )
             (out / f"{code}.png").write_bytes(bytes(png))
             group = emoji["skintone_base_hexcode"] or code
             entry = {"file": f"{code}.png", "caption": emoji["annotation"], "group": group}
