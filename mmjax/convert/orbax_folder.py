@@ -47,7 +47,9 @@ def orbax_output(params: Params) -> Output:
     units = [
         unit
         for name, spec in params.specs.items()
-        for unit in _chunk_units(params, name, spec, chunks[name])
+        for unit in _chunk_units(
+            params, name, spec, chunks[name], _order(table, name, chunks[name])
+        )
     ]
 
     def prepare(folder: Path) -> None:
@@ -60,7 +62,11 @@ def orbax_output(params: Params) -> Output:
             store = {
                 "driver": "zarr",
                 "kvstore": {"driver": "file", "path": f"{path / name}/"},
-                "metadata": {"compressor": None, "chunks": list(chunks[name])},
+                "metadata": {
+                    "compressor": None,
+                    "chunks": list(chunks[name]),
+                    "order": _order(table, name, chunks[name]),
+                },
             }
             dtype = tensorstore.dtype(spec.dtype.name)
             tensorstore.open(store, create=True, dtype=dtype, shape=spec.shape).result()
@@ -100,8 +106,23 @@ def _chunk(table: Table, name: str, spec: jax.ShapeDtypeStruct) -> tuple[int, ..
     return tuple(chunk)
 
 
+def _order(table: Table, name: str, chunk: tuple[int, ...]) -> str:
+    """Of the numbers in a chunk: "F", backwards, where a released file has them so.
+
+    Then a chunk of a matrix is a stretch of that file, and nothing needs to be transposed.
+    """
+    place, piece = next(iter(table.of_param(name).items()))
+    axes = piece.view.file_order
+    alone = math.prod(chunk[: len(place)]) == 1
+    return "F" if alone and len(axes) > 1 and axes == sorted(axes, reverse=True) else "C"
+
+
 def _chunk_units(
-    params: Params, name: str, spec: jax.ShapeDtypeStruct, chunk: tuple[int, ...]
+    params: Params,
+    name: str,
+    spec: jax.ShapeDtypeStruct,
+    chunk: tuple[int, ...],
+    order: str,
 ) -> Iterator[Unit]:
     grid = [range(0, size, step) for size, step in zip(spec.shape, chunk, strict=True)]
     size = math.prod(chunk) * spec.dtype.itemsize
@@ -112,8 +133,13 @@ def _chunk_units(
             for i, step, whole in zip(start, chunk, spec.shape, strict=True)
         )
         value = params.read(name, index)
+        if order == "F":
+            value = value.transpose()
+        shape = chunk if order == "C" else chunk[::-1]
+        if value.shape == shape and value.flags.c_contiguous:
+            return value
         # Zarr's chunks are all of one size; the last ones hang over.
-        data = np.zeros(chunk, spec.dtype) if value.shape != chunk else np.empty(chunk, spec.dtype)
+        data = (np.empty if value.shape == shape else np.zeros)(shape, spec.dtype)
         copy_into(data[tuple(slice(n) for n in value.shape)], value)
         return data
 
@@ -180,7 +206,10 @@ class OrbaxParams(Params):
 
     def read(self, param: str, index: Index) -> np.ndarray:
         """A slice of a parameter, reading the chunks that hold it."""
-        value = np.asarray(self._stores[param][index].read().result())
+        store = self._stores[param]
+        # In the order in which chunks lie on the disk, so that reading is plain copying.
+        order = store.chunk_layout.inner_order or range(store.rank)
+        value = store[index].transpose(order).read().result().transpose(np.argsort(order))
         return value.astype(self.specs[param].dtype, copy=False)
 
     @cached_property

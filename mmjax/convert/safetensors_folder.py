@@ -75,6 +75,12 @@ class SafetensorsParams(Params):
         spans = [range(size)[cut] for size, cut in zip(spec.shape, index, strict=True)]
         place, piece = next(iter(pieces.items()))
         stacked = len(place)
+        places = list(itertools.product(*spans[:stacked]))
+        if len(places) == 1:
+            # As it lies in the file, without another copy; whoever reads pieces has threads.
+            piece = pieces[places[0]]
+            value = piece.view.read(_Tensor(self._tensors[piece.key]), index[stacked:])
+            return value[(None,) * stacked].astype(spec.dtype, copy=False)
         # In the file's order of axes, so that reading is plain copying; whoever takes the array
         # transposes it, XLA faster than NumPy could, or another file's writer not at all.
         order = [*range(stacked), *(stacked + axis for axis in piece.view.file_order)]
@@ -87,10 +93,6 @@ class SafetensorsParams(Params):
             tensor = _Tensor(self._tensors[piece.key])
             copy_into(out[here], piece.view.read(tensor, index[stacked:]))
 
-        places = list(itertools.product(*spans[:stacked]))
-        if len(places) == 1:  # Whoever reads one piece at a time has threads of their own.
-            fill(*places)
-            return out
         # Copies leave the interpreter free, so threads share the work.
         with ThreadPoolExecutor() as pool:
             for _ in pool.map(fill, places):

@@ -266,10 +266,13 @@ class Table:
             inside = [slice(None)] * len(piece.view.order)
             inside[piece.view.lead_axis] = slice(rows.start, rows.stop)
             value = read(piece.param, (*(slice(i, i + 1) for i in piece.place), *inside))
+            value = value[(0,) * len(piece.place)]
             view = piece.view.cut(len(rows))
             if tensor is None:
+                if (ready := view.whole(value)) is not None:
+                    return ready
                 tensor = np.empty(view.shape, value.dtype)
-            view.write(tensor, value[(0,) * len(piece.place)])
+            view.write(tensor, value)
         assert tensor is not None
         return tensor
 

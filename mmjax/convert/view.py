@@ -105,6 +105,13 @@ class View:
         block = block[tuple(cut for cover in covers for cut in cover.cuts)]
         return block.transpose(*part, *self.order)[(0,) * len(part)]
 
+    def whole(self, value: np.ndarray) -> np.ndarray | None:
+        """The tensor of a value that lies in its order already; None of one that does not."""
+        if self.part is not None:
+            return None
+        axes = value.transpose(np.argsort(self.order))
+        return axes.reshape(self.shape) if axes.flags.c_contiguous else None
+
     def write(self, tensor: np.ndarray, value: np.ndarray) -> None:
         """Puts the whole parameter's value into the tensor's array."""
         axes = tensor.reshape(self._axes)
