@@ -11,6 +11,8 @@ from mmjax.tokenizer import BOS, EOS
 
 THINK_START = "<think>\n"
 THINK_END = "</think>"
+# Stands for an image in a prompt of VL-01.
+IMAGE = "<image>"
 _HEADERS = {
     "system": "system ai_setting=assistant",
     "user": "user name=user",
@@ -44,9 +46,10 @@ def render_chat(
 
     Args:
       messages: Each with a "role" (system, user, assistant, tool) and "content": a string, or a
-        list of {"type": "text", "text": ...} items. An assistant's may hold "tool_calls" in
-        OpenAI's form, with or without content; a tool's names its tool by "name", in the message
-        or in the item, or by the "tool_call_id" of an earlier call.
+        list of {"type": "text", "text": ...} items and, for VL-01, {"type": "image"} or OpenAI's
+        {"type": "image_url", ...}, which become IMAGE in their places. An assistant's may hold
+        "tool_calls" in OpenAI's form, with or without content; a tool's names its tool by "name",
+        in the message or in the item, or by the "tool_call_id" of an earlier call.
       tools: {"name", "description", "parameters"} of each function that the model may call.
       reply: End with the header of the assistant's turn.
       document_start: What a prompt starts with: `Tokenizer.document_start`.
@@ -137,9 +140,17 @@ def _text(message: Mapping[str, Any]) -> str:
     content = message.get("content")
     if isinstance(content, str):
         return content
-    if isinstance(content, list) and all(_is_text(item) for item in content):
-        return "".join(item["text"] for item in content)
-    raise ValueError(f"chat content must be a string or a list of text items, got {content!r}")
+    if isinstance(content, list):
+        return "".join(map(_item, content))
+    raise ValueError(f"chat content must be a string or a list of items, got {content!r}")
+
+
+def _item(item: Any) -> str:
+    if isinstance(item, Mapping) and item.get("type") in ("image", "image_url"):
+        return IMAGE
+    if _is_text(item):
+        return str(item["text"])
+    raise ValueError(f"chat content must be a list of text and image items, got {item!r}")
 
 
 def _is_text(item: Any) -> bool:

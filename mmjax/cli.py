@@ -1,4 +1,4 @@
-"""The command line: `mmjax convert`, `mmjax generate`, `mmjax serve`, `mmjax plan`."""
+"""The command line: `mmjax convert`, `synth`, `generate`, `serve`, `plan`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ import jax
 from kernels_pallas.dispatch import UnavailableError
 from mmjax.config import ConfigError, ModelConfig
 from mmjax.convert import CheckpointError, CheckpointWarning, convert
-from mmjax.convert.api import LAYOUTS
+from mmjax.convert.api import LAYOUTS, preview
 from mmjax.convert.native import differences
+from mmjax.convert.stream import WORKERS
+from mmjax.convert.synth import FILLS, preset, synthesise
+from mmjax.convert.table import LAYOUTS as TENSOR_LAYOUTS
 from mmjax.engine.results import RequestError
 from mmjax.plan.chips import PlanError
 from mmjax.sharding import ShardingError
@@ -68,6 +71,9 @@ def _parser(command: list[str]) -> argparse.ArgumentParser:
     _add_convert(
         commands.add_parser("convert", help="rewrite a model folder in another checkpoint layout")
     )
+    _add_synth(
+        commands.add_parser("synth", help="write a checkpoint of any size in a released structure")
+    )
     generate = commands.add_parser("generate", help="continue prompts with a model folder, or chat")
     if command == ["generate"]:
         from mmjax.engine import cli as engine_cli
@@ -99,7 +105,8 @@ def _import_serve(parser: argparse.ArgumentParser) -> ModuleType:
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Rewrites a model folder. Reads the released layout, transformers' own, and Orbax; keeps "
-        "dtypes; copies tokenizer files; writes DST whole or not at all."
+        "dtypes; copies tokenizer files. Holds little in memory, checks what it has written, and "
+        "goes on where it was if the same command is run again after a kill."
     )
     parser.add_argument("source", metavar="SRC", help="a model folder")
     parser.add_argument("target", metavar="DST", help="a new or empty folder")
@@ -109,17 +116,69 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="hf: the released layout; hf-native: transformers' own; orbax: sharded loading",
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="read headers alone and say what would be done"
+    )
+    parser.add_argument("--workers", type=_positive, default=WORKERS, help="threads (%(default)s)")
+    _add_shard_mb(parser)
     parser.set_defaults(run=_convert)
+
+
+def _add_shard_mb(parser: argparse.ArgumentParser) -> None:
+    told = "largest safetensors file, in MB (%(default)s)"
+    parser.add_argument("--shard-mb", type=_positive, default=5000, help=told)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _add_synth(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Writes a model folder with the names, shapes and dtypes of a released model, or of one "
+        "with fewer layers, experts or tokens, and with made-up numbers: to try conversion, "
+        "loading and disks at size."
+    )
+    add = parser.add_argument
+    add("target", metavar="DST", help="a new or empty folder")
+    presets = ("minimax_m1", "minimax_text_01", "minimax_vl_01")
+    add("--preset", choices=presets, default=presets[0], help="the model (%(default)s)")
+    add("--layers", type=_positive, help="layers (all)")
+    add("--experts", type=_positive, help="experts of a layer (all)")
+    add("--vocab", type=_positive, help="tokens (all)")
+    add("--fill", choices=FILLS, default="random", help="zeros: files with holes (%(default)s)")
+    add("--to", choices=TENSOR_LAYOUTS, default="hf", help="layout (%(default)s)")
+    _add_shard_mb(parser)
+    parser.set_defaults(run=_synth)
+
+
+def _synth(args: argparse.Namespace) -> int:
+    jax.config.update("jax_platforms", "cpu")
+    cfg = preset(args.preset, layers=args.layers, experts=args.experts, vocab=args.vocab)
+    synthesise(cfg, args.target, args.to, fill=args.fill, shard_bytes=args.shard_mb * 10**6)
+    print(f"wrote {args.target}")
+    return 0
 
 
 def _convert(args: argparse.Namespace) -> int:
     # Conversion runs on the host; it should not take an accelerator's memory.
     jax.config.update("jax_platforms", "cpu")
-    convert(args.source, args.target, args.to)
+    how = {"shard_bytes": args.shard_mb * 10**6, "workers": args.workers}
+    if args.dry_run:
+        print(preview(args.source, args.target, args.to, **how))
+        print("dry run: nothing was written")
+        return 0
+    done = convert(args.source, args.target, args.to, **how)
     if args.to == "hf-native":
         for note in differences(ModelConfig.from_hf(args.target)):
             print(f"mmjax convert: note: {note}", file=sys.stderr)
-    print(f"wrote {args.target}")
+    print(
+        f"wrote {args.target}: {done.written / 1e9:.2f} of {done.size / 1e9:.2f} GB in "
+        f"{done.write_seconds:.1f} s, all read back and checked in {done.check_seconds:.1f} s"
+    )
     return 0
 
 

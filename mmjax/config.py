@@ -8,16 +8,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from mmjax.errors import ConfigError
+from mmjax.vision.config import VisionConfig
+
+__all__ = ["LIGHTNING", "SOFTMAX", "ConfigError", "ModelConfig"]
+
 LIGHTNING = "lightning"
 SOFTMAX = "softmax"
 # MiniMax-01 puts one softmax layer after every seven lightning layers.
 SUPER_BLOCK = 8
 
 type Layout = Literal["hf", "hf-native"]
-
-
-class ConfigError(ValueError):
-    """A model configuration that cannot be built; the message names the key and the way out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,7 @@ class ModelConfig:
       bos_token_id, eos_token_id: Special ids, where the config names them.
       dtype: Of the activations.
       param_dtype: Of the parameters at initialisation; the router's are always float32.
+      vision: The vision half, None for a model of text alone.
       extra: Keys of a foreign config.json that mean nothing here, as (key, JSON) pairs, so that
         writing the file back loses nothing.
     """
@@ -91,6 +93,7 @@ class ModelConfig:
     eos_token_id: int | None = None
     dtype: str = "bfloat16"
     param_dtype: str = "bfloat16"
+    vision: VisionConfig | None = None
     extra: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -184,8 +187,9 @@ class ModelConfig:
 
     @classmethod
     def minimax_vl_01(cls, **overrides: Any) -> ModelConfig:
-        """The text half of MiniMax-VL-01: Text-01 with 8,192 positions."""
-        return cls(**{"max_position_embeddings": 8192} | overrides)
+        """MiniMax-VL-01: Text-01 with 8,192 positions, and a vision tower in front."""
+        values: dict[str, Any] = {"max_position_embeddings": 8192, "vision": VisionConfig()}
+        return cls(**values | overrides)
 
     @classmethod
     def tiny(cls, **overrides: Any) -> ModelConfig:
@@ -212,7 +216,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, source: Mapping[str, Any] | str | Path) -> ModelConfig:
-        """Reads a config.json: the released one, transformers' own, or VL's `text_config`.
+        """Reads a config.json: the released one, transformers' own, or VL's of both halves.
 
         Args:
           source: The parsed JSON, the file, or the folder that holds it.
@@ -221,6 +225,7 @@ class ModelConfig:
           ConfigError: a key is missing, or asks for something this architecture has not.
         """
         raw = dict(source) if isinstance(source, Mapping) else _read_json(Path(source))
+        vision = VisionConfig.from_hf(raw) if "vision_config" in raw else None
         if "text_config" in raw:
             raw = dict(raw["text_config"])
         native = "layer_types" in raw
@@ -237,7 +242,7 @@ class ModelConfig:
         _refuse_unsupported(raw)
         found = _typed(found)
         packed = tuple((key, json.dumps(value)) for key, value in extra.items())
-        return cls(**found, extra=packed)
+        return cls(**found, vision=vision, extra=packed)
 
     def to_hf(self, layout: Layout = "hf") -> dict[str, Any]:
         """Writes a config.json back; `from_hf` of the result is this config.
@@ -245,6 +250,9 @@ class ModelConfig:
         Args:
           layout: "hf" for the released keys, "hf-native" for those of transformers' own port.
         """
+        if self.vision is not None:
+            text = dataclasses.replace(self, vision=None)
+            return self.vision.to_hf(text.to_hf(layout))
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         extra = {key: json.loads(value) for key, value in self.extra}
         if layout == "hf":

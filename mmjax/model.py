@@ -22,6 +22,8 @@ from mmjax.layers.moe import MoE, RouterStats, load_balancing_loss
 from mmjax.layers.norm import RMSNorm
 from mmjax.layers.rope import rope_angles
 from mmjax.sharding import constrain
+from mmjax.vision.config import VisionConfig
+from mmjax.vision.tower import Vision
 
 REMAT = ("super_block", "layer", "none")
 
@@ -62,6 +64,15 @@ class Output(NamedTuple):
     intermediates: Intermediates | None
 
 
+class ImageTokens(NamedTuple):
+    """features [B, R, D]: what the images of each row are made of, see `Vision.features`;
+    rows [B, T] int32: the feature that stands at a token, negative for the token's own embedding.
+    """
+
+    features: jax.Array
+    rows: jax.Array
+
+
 class SuperBlock(nnx.Module):
     """The repeating pattern of layers, as runs of one kind with stacked parameters."""
 
@@ -96,6 +107,7 @@ class Decoder(nnx.Module):
         )
         self.norm = RMSNorm(cfg.hidden_size, "norm", cfg.norm_eps, cfg.param_dtype)
         self.head = None if cfg.tie_embeddings else Head(cfg, rngs)
+        self.vision = None if cfg.vision is None else _vision(cfg, cfg.vision, rngs)
 
     def __call__(
         self,
@@ -104,6 +116,7 @@ class Decoder(nnx.Module):
         positions: Int32[Array, "B T"] | None = None,
         segment_ids: Int32[Array, "B T"] | None = None,
         cache: Cache | None = None,
+        images: ImageTokens | None = None,
         compute_logits: bool = True,
         return_intermediates: bool = False,
     ) -> Output:
@@ -118,6 +131,7 @@ class Decoder(nnx.Module):
             tell padding from tokens.
           cache: What the rows have seen so far; the result holds it updated. The caller sees to
             it that no row outgrows the capacity: tokens past it are not remembered.
+          images: What stands at image tokens in place of their embedding.
           compute_logits: False leaves `logits` None, for callers that need a few positions.
           return_intermediates: Also return hidden states and router logits layer by layer.
 
@@ -134,6 +148,8 @@ class Decoder(nnx.Module):
             rope_angles(positions, self.cfg.rotary_dim, self.cfg.rope_theta), segment_ids, slots
         )
         h = constrain(self.embed(tokens), "batch", "sequence", None)
+        if images is not None:
+            h = constrain(_with_images(h, images), "batch", "sequence", None)
         h, cache, stats, inputs = self._layers(h, cache, ctx, return_intermediates)
         if cache is not None:
             cache = cache._replace(length=cache.length + _real_counts(tokens, segment_ids))
@@ -216,6 +232,17 @@ class Decoder(nnx.Module):
         carry, outs = _scan(body, (h, cache), (self.blocks, indices))
         stats, inputs = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outs)
         return *carry, stats, inputs
+
+
+def _with_images(h: jax.Array, images: ImageTokens) -> jax.Array:
+    """Embeddings [B, T, D] with features in the places that `images.rows` gives them."""
+    place = jnp.maximum(images.rows, 0)[..., None]
+    found = jnp.take_along_axis(images.features.astype(h.dtype), place, axis=1)
+    return jnp.where((images.rows >= 0)[..., None], found, h)
+
+
+def _vision(cfg: ModelConfig, vision: VisionConfig, rngs: nnx.Rngs) -> Vision:
+    return Vision(vision, cfg.hidden_size, cfg.dtype, cfg.param_dtype, rngs)
 
 
 type _Carry = tuple[jax.Array, Cache | None]

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from mmjax.config import ConfigError, ModelConfig
 from mmjax.model import REMAT
 from mmjax.sharding import DEFAULT_RULES, ShardingError, ShardingRules
+from mmjax.vision import VisionConfig
 from train.cispo_config import (
     ALGORITHMS,
     NORMALISERS,
@@ -45,6 +46,8 @@ class OptimizerConfig:
       final_ratio: Final rate over peak.
       b1, b2, eps, weight_decay: AdamW's. M1 found gradients of 1e-18 to 1e-5, hence eps 1e-15.
       clip_norm: Largest global gradient norm; 0 for no clipping.
+      frozen: Patterns of parameters that stay as they are: ("vision.*",) for the vision tower and
+        its projector, which jobs without pictures never train.
 
     Source: MiniMax-M1 report, section 3.2; MiniMax-01, section 4.2.
     """
@@ -59,6 +62,7 @@ class OptimizerConfig:
     eps: float = 1e-15
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    frozen: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +70,10 @@ class DataConfig:
     """What a pretrain or sft job reads.
 
     Attributes:
-      source: "text" (files of plain text or JSONL), or "reasoning" (worked solutions of `tasks`).
-      paths: For "text": files, or glob patterns.
+      source: "text" (files of plain text or JSONL), "reasoning" (worked solutions of `tasks`), or
+        "pictures" (with captions, for sft).
+      paths: For "text": files, or glob patterns. For "pictures": one folder, see
+        `train.data.pictures`.
       tasks: For "reasoning" and cispo: tasks as docs/rewards.md names them.
       size: For "reasoning": problems to draw from.
       direct_share: For "reasoning": share of the solutions that answer without thinking, so that
@@ -78,6 +84,8 @@ class DataConfig:
         of the rows. Processes share the reading of them; the batches do not depend on the number
         of processes, but on this. A multiple of the processes leaves no document read twice.
       tokenizer: Folder with a tokenizer.json; empty for a character tokenizer made from the data.
+      question: For "pictures": what is asked of each.
+      tiles_per_row: For "pictures": M, most tiles that the examples of a row have together.
     """
 
     source: str = "text"
@@ -89,6 +97,8 @@ class DataConfig:
     batch_size: int = 8
     streams: int = 1
     tokenizer: str = ""
+    question: str = "What is this?"
+    tiles_per_row: int = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,8 +254,12 @@ def _model(values: dict[str, Any], problems: list[str]) -> ModelConfig | None:
     if preset not in _PRESETS:
         problems.append(f"model.preset {preset!r} is unknown; known: {', '.join(_PRESETS)}")
         return None
-    typed = _typed_fields(ModelConfig, values, "model.", problems, skip={"extra"})
+    vision = _section(values, "vision", problems)
+    typed = _typed_fields(ModelConfig, values, "model.", problems, skip={"extra", "vision"})
+    seen = _typed_fields(VisionConfig, vision, "model.vision.", problems, skip={"extra"})
     try:
+        if seen:
+            typed["vision"] = VisionConfig(**seen)
         return typing.cast(ModelConfig, getattr(ModelConfig, preset)(**typed))
     except ConfigError as error:
         problems.append(str(error))
@@ -306,7 +320,7 @@ def _check(job: JobConfig) -> None:
         "task": (job.task, ("pretrain", "sft", "cispo")),
         "remat": (job.remat, REMAT),
         "activations": (job.activations, ("", "float32", "bfloat16")),
-        "data.source": (job.data.source, ("text", "reasoning")),
+        "data.source": (job.data.source, ("text", "reasoning", "pictures")),
         "optimizer.decay": (job.optimizer.decay, ("constant", "cosine", "linear", "exponential")),
         "cispo.algorithm": (job.cispo.algorithm, tuple(ALGORITHMS)),
         "cispo.anchor": (job.cispo.anchor, ("behaviour", "proximal")),
@@ -322,6 +336,7 @@ def _check(job: JobConfig) -> None:
         "data.batch_size": job.data.batch_size,
         "data.sequence_length": job.data.sequence_length,
         "data.streams": job.data.streams,
+        "data.tiles_per_row": job.data.tiles_per_row,
         "checkpoint.every": job.checkpoint.every,
         "checkpoint.keep": job.checkpoint.keep,
         "log_every": job.log_every,
@@ -349,6 +364,11 @@ def _check(job: JobConfig) -> None:
         problems.append(
             f"data.batch_size {job.data.batch_size} is no multiple of data.streams "
             f"{job.data.streams}; every stream fills whole rows"
+        )
+    if job.data.source == "pictures" and (job.task != "sft" or len(job.data.paths) != 1):
+        problems.append(
+            f"data.source 'pictures' is for the task sft and one folder in data.paths, got task "
+            f"{job.task!r} and {len(job.data.paths)} paths"
         )
     if job.data.source == "text" and job.task != "cispo" and not job.data.paths:
         problems.append("data.source is 'text' but data.paths is empty")

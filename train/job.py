@@ -23,7 +23,7 @@ from mmjax.tokenizer import Tokenizer
 from train import distributed
 from train.checkpoint import Checkpoints
 from train.config import JobConfig
-from train.data.packing import Example, packed_batches
+from train.data.packing import Example, Pictures, packed_batches
 from train.data.streams import Resumable, Streams
 from train.metrics import Metrics
 from train.optimizer import make_optimizer
@@ -58,9 +58,12 @@ class Job:
         self.mesh = make_mesh(cfg.mesh, devices)
         batch_axes = DEFAULT_RULES.spec(("batch",), of="batch")
         self.batch_sharding = NamedSharding(self.mesh, batch_axes)
-        self.optimizer = make_optimizer(cfg.optimizer, updates)
         model = self._initial_model()
         self.model_cfg = model.cfg
+        self.frozen = cfg.optimizer.frozen
+        if model.cfg.vision is not None and cfg.data.source != "pictures":
+            self.frozen = (*self.frozen, "vision.*")  # Weight decay alone would move it.
+        self.optimizer = make_optimizer(cfg.optimizer, updates, self.frozen)
         with jax.set_mesh(self.mesh):
             self.graphdef, self.state = init_state(model, self.optimizer, cfg.seed)
         self.state = self._replicate_scalars(self.state)
@@ -113,7 +116,9 @@ class Job:
         """The model with the parameters of the current state."""
         return nnx.merge(self.graphdef, self.state.params)
 
-    def packed_batches(self, examples: Sequence[Example]) -> Streams:
+    def packed_batches(
+        self, examples: Sequence[Example], pictures: Pictures | None = None
+    ) -> Streams:
         """The job's batches; of rows that lie on no device of this process, it reads none.
 
         Raises:
@@ -131,6 +136,7 @@ class Job:
             self.cfg.seed,
             streams=data.streams,
             rows=rows,
+            pictures=pictures,
         )
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
+import re
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import optax
 
@@ -29,8 +34,30 @@ def learning_rate(cfg: OptimizerConfig, updates: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [cfg.warmup_steps])
 
 
-def make_optimizer(cfg: OptimizerConfig, updates: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW; norm scales and other vectors are not decayed.
+def is_frozen(params: Any, frozen: Sequence[str]) -> Any:
+    """Whether a pattern matches each parameter, in the same tree.
+
+    Args:
+      params: Parameters.
+      frozen: Patterns of names such as "vision.*", see `fnmatch`.
+    """
+
+    def one(path: tuple[Any, ...], _: Any) -> bool:
+        name = ".".join(re.findall(r"\w+", jax.tree_util.keystr(path)))
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in frozen)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def make_optimizer(
+    cfg: OptimizerConfig, updates: int, frozen: Sequence[str] = ()
+) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW; norm scales and biases are not decayed.
+
+    Args:
+      cfg: AdamW's settings.
+      updates: Length of the job.
+      frozen: Patterns of parameters that stay as they are and take no moments.
 
     Source: MiniMax-M1 report, section 3.2 (betas, eps).
     """
@@ -38,7 +65,7 @@ def make_optimizer(cfg: OptimizerConfig, updates: int) -> optax.GradientTransfor
     def decayed(params: optax.Params) -> optax.Params:
         # Layers are stacked on two leading axes, so a norm scale has up to three or four.
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: "norm" not in jax.tree_util.keystr(path), params
+            lambda path, _: not re.search("norm|bias", jax.tree_util.keystr(path)), params
         )
 
     adamw = optax.adamw(
@@ -50,4 +77,12 @@ def make_optimizer(cfg: OptimizerConfig, updates: int) -> optax.GradientTransfor
         mask=decayed,
     )
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
-    return optax.chain(clip, adamw)
+    trained = optax.chain(clip, adamw)
+    if not frozen:
+        return trained
+
+    def labels(params: optax.Params) -> Any:
+        names = {True: "frozen", False: "trained"}
+        return jax.tree.map(names.__getitem__, is_frozen(params, frozen))
+
+    return optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, labels)

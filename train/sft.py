@@ -8,6 +8,7 @@ import numpy as np
 
 from mmjax.config import ConfigError
 from mmjax.tokenizer import Tokenizer
+from train import pictures
 from train.config import JobConfig
 from train.data.packing import Example
 from train.data.reasoning import (
@@ -25,12 +26,14 @@ def run(cfg: JobConfig, workdir: Path) -> Job:
     """Runs or resumes the job.
 
     Args:
-      cfg: With data.source "reasoning".
+      cfg: With data.source "reasoning" or "pictures".
       workdir: Folder of the job.
 
     Raises:
       ConfigError: a solution does not fit a row.
     """
+    if cfg.data.source == "pictures":
+        return pictures.run(cfg, workdir)
     problems, _ = split_problems(cfg.data.tasks, cfg.data.size, cfg.cispo.eval_problems, cfg.seed)
     texts = [prompt_text(p) + worked_solution(p) for p in problems]
     tokenizer = job_tokenizer(cfg, workdir, texts)

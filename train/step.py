@@ -10,19 +10,22 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from mmjax.model import Aux, Decoder
+from mmjax.model import Aux, Decoder, ImageTokens
+from mmjax.vision.tiles import MEAN, STD
 from train.losses import cross_entropy, token_logprobs
+from train.optimizer import is_frozen
 from train.state import TrainState
 
 type Batch = dict[str, jax.Array]
 
 
-@partial(jax.jit, static_argnames=("graphdef", "optimizer"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("graphdef", "optimizer", "frozen"), donate_argnames="state")
 def language_step(
     graphdef: nnx.GraphDef[Decoder],
     optimizer: optax.GradientTransformation,
     state: TrainState,
     batch: Batch,
+    frozen: tuple[str, ...] = (),
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One AdamW update on packed rows.
 
@@ -31,16 +34,19 @@ def language_step(
       optimizer: From `train.optimizer`.
       state: Donated.
       batch: tokens, segment_ids, positions [B, T] int32 and loss_mask [B, T] float32, which is 1
-        where the token itself is to be predicted.
+        where the token itself is to be predicted; with pictures also tiles and image_index, see
+        `train.data.packing`.
+      frozen: Patterns of parameters that get no gradient.
     """
 
     def loss_fn(params: nnx.State) -> tuple[jax.Array, tuple[jax.Array, Aux]]:
-        model = nnx.merge(graphdef, params)
+        model = nnx.merge(graphdef, without_gradient(params, frozen))
         segments = batch["segment_ids"]
         out = model(
             batch["tokens"],
             positions=batch["positions"],
             segment_ids=segments,
+            images=_image_tokens(model, batch),
             compute_logits=False,
         )
         # The last token of a row predicts nothing, nor does one before another document.
@@ -56,6 +62,21 @@ def language_step(
     state, norm = apply_gradients(optimizer, state, grads)
     metrics = {"loss": ce, "total_loss": loss, "grad_norm": norm, **router_metrics(aux)}
     return state._replace(step=state.step + 1), metrics
+
+
+def _image_tokens(model: Decoder, batch: Batch) -> ImageTokens | None:
+    if "tiles" not in batch:
+        return None
+    assert model.vision is not None
+    mean, std = (jnp.asarray(x).reshape(1, 1, 1, 1, 3) for x in (MEAN, STD))
+    tiles = (batch["tiles"].astype(jnp.float32) / 255 - mean) / std
+    return ImageTokens(model.vision.features(tiles), batch["image_index"])
+
+
+def without_gradient(params: nnx.State, frozen: tuple[str, ...]) -> nnx.State:
+    """The parameters, those that a pattern matches as constants."""
+    stop = is_frozen(params, frozen)
+    return jax.tree.map(lambda x, stopped: jax.lax.stop_gradient(x) if stopped else x, params, stop)
 
 
 def apply_gradients(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import shutil
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -11,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
-from mmjax.convert import headers, write
+from mmjax.convert import headers, stream, write
 from mmjax.convert.errors import CheckpointError
 from mmjax.convert.params import PARAMS, ModelParams, Params, abstract_decoder, by_name
 from mmjax.convert.safetensors_folder import SafetensorsParams
@@ -80,7 +83,7 @@ def save(
     """
     _check_layout(layout)
     source = None if tokenizer_from is None else Path(tokenizer_from)
-    _write(ModelParams(model), Path(path), layout, write.SHARD_BYTES, source)
+    _write(ModelParams(model), Path(path), layout, source)
 
 
 def convert(
@@ -89,26 +92,103 @@ def convert(
     layout: Layout,
     *,
     shard_bytes: int = write.SHARD_BYTES,
-) -> None:
+    workers: int = stream.WORKERS,
+) -> stream.Report:
     """Rewrites a model folder in another layout, dtypes kept, tokenizer files copied along.
 
-    Between the two safetensors layouts the host holds one shard and one tensor at a time; to and
-    from Orbax it holds the model.
+    The host holds a few units of at most 128 MiB, or of one row or expert where that is more,
+    whatever the layouts. Every unit is read back and compared by its CRC-32 at the end. After a
+    kill or an error the same call goes on where it was.
 
     Args:
       source: A folder that `load` reads.
       target: A folder that does not exist yet, or an empty one.
       layout: "hf" | "hf-native" | "orbax".
       shard_bytes: Largest safetensors file, one tensor at least.
+      workers: Units that are read and written at a time.
+
+    Returns:
+      How much it was, and how long it took.
 
     Raises:
       ConfigError: the source's config.json is missing or wrong.
-      CheckpointError: the source is not whole, the target holds something, or the layout is
-        unknown or cannot hold this model.
+      CheckpointError: the source is not whole, the target holds something, the layout is unknown
+        or cannot hold this model, or what was written cannot be read back.
     """
     _check_layout(layout)
-    write.check_destination(Path(target))
-    _write(open_params(Path(source)), Path(target), layout, shard_bytes, Path(source))
+    path = Path(target)
+    write.check_destination(path)
+    params = open_params(Path(source))
+    output = _output(params, layout, shard_bytes)
+    _check_room(path, output)
+    with stream.resumable(output, path, _identity(params)) as (folder, journal):
+        report = stream.write_checked(output, folder, journal, workers=workers)
+        write.copy_companions(Path(source), folder)
+    return report
+
+
+def preview(
+    source: str | Path,
+    target: str | Path,
+    layout: Layout,
+    *,
+    shard_bytes: int = write.SHARD_BYTES,
+    workers: int = stream.WORKERS,
+) -> str:
+    """What `convert` would do, from headers alone, in words.
+
+    Raises:
+      ConfigError, CheckpointError: as `convert` would.
+    """
+    _check_layout(layout)
+    path = Path(target)
+    write.check_destination(path)
+    params = open_params(Path(source))
+    output = _output(params, layout, shard_bytes)
+    files = len({unit.file for unit in output.units})
+    numbers = sum(math.prod(spec.shape) for spec in params.specs.values())
+    partial = path.with_name(f".{path.name}.partial")
+    told = [
+        f"from {source}: {params.layout}, {len(params.files)} files, {numbers:,} parameters",
+        f"to {target}: {layout}, {files} files, {_gb(output.size)}; {_gb(_free(path))} are free",
+        f"in {len(output.units)} units of at most {_gb(output.largest)}, {workers} at a time: "
+        f"about {_gb(output.largest * workers * 3)} of memory",
+    ]
+    if partial.exists():
+        told.append(f"{partial} holds a beginning, on which the conversion would go on")
+    return "\n".join(told)
+
+
+def _output(params: Params, layout: Layout, shard_bytes: int) -> stream.Output:
+    if layout == "orbax":
+        from mmjax.convert.orbax_folder import orbax_output  # late: Orbax is slow to import
+
+        return orbax_output(params)
+    make = write.from_params(params, layout)
+    return write.safetensors_output(params.cfg, params.specs, layout, shard_bytes, make)
+
+
+def _identity(params: Params) -> str:
+    """Changes when the source does."""
+    told = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in params.files]
+    return json.dumps(told)
+
+
+def _free(path: Path) -> int:
+    there = next(p for p in path.resolve().parents if p.exists())
+    return shutil.disk_usage(there).free
+
+
+def _check_room(path: Path, output: stream.Output) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    taken = sum(f.stat().st_blocks * 512 for f in partial.rglob("*") if f.is_file())
+    if output.size - taken > _free(path):
+        told = f"needs {_gb(output.size - taken)}, of which {_gb(_free(path))} are free there"
+        raise CheckpointError(path, [told])
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
 
 
 def open_params(path: Path, dtype: str | None = None) -> Params:
@@ -142,9 +222,7 @@ def _check_layout(layout: str) -> None:
         raise CheckpointError("layout", [f"unknown {layout!r}; known: {', '.join(LAYOUTS)}"])
 
 
-def _write(
-    params: Params, path: Path, layout: Layout, shard_bytes: int, companions: Path | None
-) -> None:
+def _write(params: Params, path: Path, layout: Layout, companions: Path | None) -> None:
     if jax.process_count() > 1:
         raise CheckpointError(path, ["model folders are written by one process, not by several"])
     with write.new_folder(path) as folder:
@@ -153,6 +231,7 @@ def _write(
 
             write_orbax(params, folder)
         else:
-            write.write_safetensors(params, folder, layout, shard_bytes)
+            output = _output(params, layout, write.SHARD_BYTES)
+            stream.write_all(output, folder, workers=stream.WORKERS if params.threads else 1)
         if companions is not None:
             write.copy_companions(companions, folder)

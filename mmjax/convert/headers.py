@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +18,13 @@ _LARGEST_HEADER = 100_000_000
 
 
 class TensorInfo(NamedTuple):
-    """One tensor of a file: its name there, its format ("BF16") and its shape."""
+    """One tensor of a file: its name there, its format ("BF16"), its shape, its first byte."""
 
     file: Path
     name: str
     dtype: str
     shape: tuple[int, ...]
+    start: int
 
 
 class Folder(NamedTuple):
@@ -42,12 +44,16 @@ def read_folder(path: Path) -> Folder:
     index, problems = _read_index(path)
     tensors: dict[str, TensorInfo] = {}
     lost: set[str] = set()
-    for name in sorted({SINGLE} if index is None else set(index.values())):
-        told = set() if index is None else {key for key, file in index.items() if file == name}
-        try:
-            found = read_header(path / name)
-        except _BadFileError as error:
-            problems.append(str(error))
+    names = sorted({SINGLE} if index is None else set(index.values()))
+    told_of: dict[str, set[str]] = {name: set() for name in names}
+    for key, name in ({} if index is None else index).items():
+        told_of[name].add(key)
+    with ThreadPoolExecutor() as pool:  # Hundreds of files on a network's disk take a while.
+        every = list(pool.map(lambda name: _try_header(path / name), names))
+    for name, found in zip(names, every, strict=True):
+        told = told_of[name]
+        if isinstance(found, _BadFileError):
+            problems.append(str(found))
             lost |= told
             continue
         if index is not None:
@@ -62,6 +68,13 @@ def read_folder(path: Path) -> Folder:
             lost |= told - set(found)
         tensors |= found
     return Folder(tensors, problems, lost)
+
+
+def _try_header(file: Path) -> dict[str, TensorInfo] | _BadFileError:
+    try:
+        return read_header(file)
+    except _BadFileError as error:
+        return error
 
 
 def _read_index(path: Path) -> tuple[dict[str, str] | None, list[str]]:
@@ -100,7 +113,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
-        infos = {key: _tensor(file, key, entry) for key, entry in header.items()}
+        infos = {key: _tensor(file, key, entry, 8 + length) for key, entry in header.items()}
         ends = [entry["data_offsets"][1] for entry in header.values()]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise _BadFileError(f"{file.name} has a corrupt header: {error!r}") from None
@@ -111,9 +124,10 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def _tensor(file: Path, name: str, entry: dict[str, Any]) -> TensorInfo:
-    info = TensorInfo(file, name, str(entry["dtype"]), tuple(map(int, entry["shape"])))
+def _tensor(file: Path, name: str, entry: dict[str, Any], data: int) -> TensorInfo:
     start, stop = entry["data_offsets"]
+    shape = tuple(map(int, entry["shape"]))
+    info = TensorInfo(file, name, str(entry["dtype"]), shape, data + int(start))
     width = _BYTES.get(info.dtype)
     if width is not None and stop - start != width * math.prod(info.shape):
         raise ValueError(f"{info.dtype} {list(info.shape)} does not take {stop - start} bytes")

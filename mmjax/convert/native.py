@@ -5,9 +5,12 @@ They are part of its state, so a folder in its layout holds them. Reading ignore
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from mmjax.config import LIGHTNING, ModelConfig
+from mmjax.convert.table import text_key
 
 BUFFERS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
 
@@ -17,7 +20,7 @@ def buffer_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     heads, block = cfg.num_heads, _block(cfg)
     shapes = ((heads, 1, 1), (heads, block, 1), (heads, block, 1), (1, heads, block, block))
     return {
-        f"model.layers.{layer}.self_attn.{name}": shape
+        text_key(cfg, "hf-native", f"model.layers.{layer}.self_attn.{name}"): shape
         for layer, kind in enumerate(cfg.kinds)
         if kind == LIGHTNING
         for name, shape in zip(BUFFERS, shapes, strict=True)
@@ -30,7 +33,8 @@ def buffer(cfg: ModelConfig, key: str) -> np.ndarray:
     With decay rate s and i, j = 1..block: exp(-s i), exp(-s (block - i)), and exp(-s (i - j)) for
     i >= j.
     """
-    layer, name = int(key.split(".")[2]), key.split(".")[-1]
+    *_, layer_text, _, name = key.split(".")
+    layer = int(layer_text)
     block = _block(cfg)
     heads = np.arange(1, cfg.num_heads + 1)
     # transformers adds the 1e-5 to the divisor too, unlike the released code.
@@ -66,4 +70,4 @@ def differences(cfg: ModelConfig) -> list[str]:
 
 
 def _block(cfg: ModelConfig) -> int:
-    return cfg.to_hf("hf-native")["block_size"]
+    return dataclasses.replace(cfg, vision=None).to_hf("hf-native")["block_size"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from mmjax.config import ModelConfig
+from mmjax.convert.view import Index
 from mmjax.model import Decoder
 
 type Specs = dict[str, jax.ShapeDtypeStruct]
@@ -25,15 +28,20 @@ PARAMS = "params"
 class Params(abc.ABC):
     """What load, save and convert need of a model's parameters.
 
-    `specs` gives shape and dtype of each, by its dotted path in the model's NNX state.
+    `specs` gives shape and dtype of each, by its dotted path in the model's NNX state; `threads`
+    says whether several of them may read at a time; `files` are those it lies in, if any, and
+    `layout` is theirs.
     """
 
     cfg: ModelConfig
     specs: Specs
+    threads: bool = True
+    files: Sequence[Path] = ()
+    layout: str = ""
 
     @abc.abstractmethod
-    def at(self, param: str, place: tuple[int, ...]) -> np.ndarray:
-        """The parameter at a place of its stacked axes, on the host."""
+    def read(self, param: str, index: Index) -> np.ndarray:
+        """A slice of a parameter on the host, one slice a dimension, without steps."""
 
     @abc.abstractmethod
     def arrays(self, shardings: Mapping[str, Sharding] | None) -> Iterator[tuple[str, AnyArray]]:
@@ -64,15 +72,20 @@ def with_dtype(cfg: ModelConfig, dtype: str) -> ModelConfig:
 class ModelParams(Params):
     """The parameters of a model in memory, on one device or on a mesh."""
 
+    threads = False  # Collectives of a mesh must start in one order.
+
     def __init__(self, model: Decoder) -> None:
         self.cfg = model.cfg
         variables = by_name(nnx.state(model, nnx.Param))
         self._arrays = {name: variable.get_value() for name, variable in variables.items()}
         self.specs = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in self._arrays.items()}
 
-    def at(self, param: str, place: tuple[int, ...]) -> np.ndarray:
-        """The parameter at a place of its stacked axes, on the host."""
-        return np.asarray(_take(self._arrays[param], place))
+    def read(self, param: str, index: Index) -> np.ndarray:
+        """A slice of a parameter on the host."""
+        array = self._arrays[param]
+        spans = [range(size)[cut] for size, cut in zip(array.shape, index, strict=True)]
+        starts = tuple(np.int32(span.start) for span in spans)
+        return np.asarray(_cut(array, starts, tuple(map(len, spans))))
 
     def arrays(self, shardings: Mapping[str, Sharding] | None) -> Iterator[tuple[str, AnyArray]]:
         """Every parameter where it is."""
@@ -80,5 +93,7 @@ class ModelParams(Params):
         yield from self._arrays.items()
 
 
-# The place is traced, so that one program serves all layers of a parameter.
-_take = jax.jit(lambda array, place: array[place])
+@partial(jax.jit, static_argnames="sizes")
+def _cut(array: jax.Array, starts: tuple[Any, ...], sizes: tuple[int, ...]) -> jax.Array:
+    # The place is traced, so that one program serves all layers of a parameter.
+    return jax.lax.dynamic_slice(array, starts, sizes)

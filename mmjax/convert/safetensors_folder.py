@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Sharding
-from safetensors import safe_open
 
 from mmjax.config import ModelConfig
 from mmjax.convert import headers
@@ -46,9 +44,10 @@ class SafetensorsParams(Params):
         folder = headers.read_folder(path)
         if folder.problems and not folder.tensors:
             raise CheckpointError(path, folder.problems)
-        found, left_out = _text_tensors(folder.tensors)
+        found, left_out = _wanted_tensors(cfg, folder.tensors)
         self._table = _matching_table(cfg, found)
-        problems = folder.problems + _compare(self._table, found, folder.lost)
+        lost = folder.lost if cfg.vision else {_text_name(name) for name in folder.lost}
+        problems = folder.problems + _compare(self._table, found, lost)
         if not problems and dtype is None:
             problems = _mixed_dtypes(self._table, found)
         if problems:
@@ -58,22 +57,17 @@ class SafetensorsParams(Params):
             message = f"{path}: tensors that are not part of the text model stay behind: {what}"
             warnings.warn(message, CheckpointWarning, stacklevel=4)
         self._tensors = found
+        self.files = sorted({info.file for info in found.values()})
+        self.layout = self._table.layout
         own = headers.DTYPES[found[self._table.of_param("embed.embedding")[()].key].dtype]
         self.cfg = with_dtype(cfg, dtype or own)
         self.specs = param_specs(self.cfg)
         if dtype is None:
             self.specs = {n: self._own_spec(n, spec.shape) for n, spec in self.specs.items()}
-        self._files = _Files()
 
     def _own_spec(self, param: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         first = next(iter(self._table.of_param(param).values()))
         return jax.ShapeDtypeStruct(shape, headers.DTYPES[self._tensors[first.key].dtype])
-
-    def at(self, param: str, place: tuple[int, ...]) -> np.ndarray:
-        """The parameter at a place of its stacked axes."""
-        inside = (slice(None),) * (len(self.specs[param].shape) - len(place))
-        index = (*(slice(i, i + 1) for i in place), *inside)
-        return self.read(param, index)[(0,) * len(place)]
 
     def read(self, param: str, index: Index) -> np.ndarray:
         """A slice of a parameter, reading no tensor that does not touch it."""
@@ -81,6 +75,12 @@ class SafetensorsParams(Params):
         spans = [range(size)[cut] for size, cut in zip(spec.shape, index, strict=True)]
         place, piece = next(iter(pieces.items()))
         stacked = len(place)
+        places = list(itertools.product(*spans[:stacked]))
+        if len(places) == 1:
+            # As it lies in the file, without another copy; whoever reads pieces has threads.
+            piece = pieces[places[0]]
+            value = piece.view.read(_Tensor(self._tensors[piece.key]), index[stacked:])
+            return value[(None,) * stacked].astype(spec.dtype, copy=False)
         # In the file's order of axes, so that reading is plain copying; whoever takes the array
         # transposes it, XLA faster than NumPy could, or another file's writer not at all.
         order = [*range(stacked), *(stacked + axis for axis in piece.view.file_order)]
@@ -89,14 +89,13 @@ class SafetensorsParams(Params):
 
         def fill(place: tuple[int, ...]) -> None:
             piece = pieces[place]
-            info = self._tensors[piece.key]
-            tensor = self._files.open(info.file).get_slice(info.name)
             here = tuple(i - span.start for i, span in zip(place, spans, strict=False))
+            tensor = _Tensor(self._tensors[piece.key])
             copy_into(out[here], piece.view.read(tensor, index[stacked:]))
 
         # Copies leave the interpreter free, so threads share the work.
         with ThreadPoolExecutor() as pool:
-            for _ in pool.map(fill, itertools.product(*spans[:stacked])):
+            for _ in pool.map(fill, places):
                 pass
         return out
 
@@ -104,34 +103,65 @@ class SafetensorsParams(Params):
         """Every parameter, one at a time; on a mesh each device's part alone is read."""
         for name, spec in self.specs.items():
             if shardings is None:
-                yield name, self.at(name, ())
+                yield name, self.read(name, (slice(None),) * len(spec.shape))
             else:
-                read = partial(self.read, name)
-                yield name, jax.make_array_from_callback(spec.shape, shardings[name], read)
+                yield name, self._sharded(name, spec, shardings[name])
+
+    def _sharded(self, name: str, spec: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
+        parts: dict[tuple[tuple[int | None, ...], ...], np.ndarray] = {}
+
+        def read(index: Index | None) -> np.ndarray:
+            assert index is not None
+            # Devices that hold the same part share one reading of it.
+            bounds = tuple((cut.start, cut.stop) for cut in index)
+            if bounds not in parts:
+                parts[bounds] = self.read(name, index)
+            return parts[bounds]
+
+        return jax.make_array_from_callback(spec.shape, sharding, read)
 
 
-class _Files:
-    """Safetensors files, opened when first needed and kept open."""
+class _Tensor:
+    """A tensor of a file that reads slices: whole rows plainly, since the pages of a memory map
+    would be counted as this process's memory; columns through a map that is closed after it.
+    """
 
-    def __init__(self) -> None:
-        self._open: dict[Path, Any] = {}
+    def __init__(self, info: headers.TensorInfo) -> None:
+        self._info = info
+        self._dtype = np.dtype(headers.DTYPES[info.dtype])
 
-    def open(self, file: Path) -> Any:
-        if file not in self._open:
-            self._open[file] = safe_open(file, "np")
-        return self._open[file]
+    def __getitem__(self, index: Index) -> np.ndarray:
+        info = self._info
+        spans = [range(size)[cut] for size, cut in zip(info.shape, index, strict=True)]
+        if any(len(s) < size for s, size in zip(spans[1:], info.shape[1:], strict=True)):
+            mapped = np.memmap(info.file, self._dtype, "r", info.start, info.shape)
+            return np.array(mapped[index])
+        out = np.empty([len(span) for span in spans], self._dtype)
+        start = info.start + spans[0].start * math.prod(info.shape[1:]) * self._dtype.itemsize
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(start)
+            left = memoryview(out.reshape(-1).view(np.uint8))
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise CheckpointError(info.file, [f"ends within {info.name}"])
+                left = left[count:]
+        return out
 
 
 def _text_name(name: str) -> str:
     return name.removeprefix(_TEXT_PREFIX)
 
 
-def _text_tensors(
-    tensors: Mapping[str, headers.TensorInfo],
+def _wanted_tensors(
+    cfg: ModelConfig, tensors: Mapping[str, headers.TensorInfo]
 ) -> tuple[dict[str, headers.TensorInfo], Counter[str]]:
-    """The text model's tensors without VL's prefix, and how many are not its own, by part."""
+    """The model's tensors, and how many stay behind, by part.
+
+    A model of text takes the text half of a VL folder, without its prefix.
+    """
     left_out: Counter[str] = Counter()
-    if any(name.startswith(_TEXT_PREFIX) for name in tensors):
+    if cfg.vision is None and any(name.startswith(_TEXT_PREFIX) for name in tensors):
         vision = {name for name in tensors if name.startswith(_VISION)}
         left_out.update(name.split(".")[0] for name in vision)
         # What has neither prefix must not pass for the text model's tensor of that name.
@@ -145,13 +175,12 @@ def _text_tensors(
 
 def _matching_table(cfg: ModelConfig, found: Mapping[str, headers.TensorInfo]) -> Table:
     """The table of the layout that the names speak, whatever layout config.json is in."""
-    native = any(".mlp." in name for name in found)
+    native = any(".mlp.experts." in name or ".mlp.gate." in name for name in found)
     return Table(cfg, "hf-native" if native else "hf")
 
 
 def _compare(table: Table, found: Mapping[str, headers.TensorInfo], lost: set[str]) -> list[str]:
     """Every difference between the tensors that the model wants and those that are there."""
-    lost = {_text_name(name) for name in lost}
     wrong, missing, unexpected = [], [], []
     for key, shape in table.tensors.items():
         info = found.get(key)

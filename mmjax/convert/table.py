@@ -14,7 +14,7 @@ import numpy as np
 
 from mmjax.config import LIGHTNING, SOFTMAX, ModelConfig
 from mmjax.convert.errors import CheckpointError
-from mmjax.convert.view import View
+from mmjax.convert.view import Index, View
 from mmjax.model import pattern_runs
 
 TensorLayout = Literal["hf", "hf-native"]
@@ -86,9 +86,92 @@ _SHARED = (
     Rule("moe.shared.coefficient", _LAYER + "coefficient.weight", "o d -> d o"),
 )
 
+_TOWER = "{tower}"
+_VISION = (
+    Rule("vision.class_embedding", _TOWER + "embeddings.class_embedding", "w -> w"),
+    Rule("vision.patch", _TOWER + "embeddings.patch_embedding.weight", "w i y x -> y x i w"),
+    Rule("vision.position", _TOWER + "embeddings.position_embedding.weight", "s w -> s w"),
+    Rule("vision.pre_norm.scale", _TOWER + "pre_layrnorm.weight", "w -> w"),  # Their spelling.
+    Rule("vision.pre_norm.bias", _TOWER + "pre_layrnorm.bias", "w -> w"),
+    Rule("vision.linear_1.kernel", "{projector}linear_1.weight", "d w -> w d"),
+    Rule("vision.linear_1.bias", "{projector}linear_1.bias", "d -> d"),
+    Rule("vision.linear_2.kernel", "{projector}linear_2.weight", "a d -> d a"),
+    Rule("vision.linear_2.bias", "{projector}linear_2.bias", "d -> d"),
+    Rule("vision.newline", "{newline}", "d -> d"),
+)
+_TOWER_LAYER = _TOWER + "encoder.layers.{layer}."
+_VISION_LAYER = (
+    *(
+        rule
+        for param, key in (("norm1", "layer_norm1"), ("norm2", "layer_norm2"))
+        for rule in (
+            Rule(f"vision.layers.{param}.scale", _TOWER_LAYER + key + ".weight", "w -> w"),
+            Rule(f"vision.layers.{param}.bias", _TOWER_LAYER + key + ".bias", "w -> w"),
+        )
+    ),
+    *(
+        rule
+        for param, key, weight, bias in (
+            ("q", "self_attn.q_proj", "(n j) w -> w n j", "(n j) -> n j"),
+            ("k", "self_attn.k_proj", "(n j) w -> w n j", "(n j) -> n j"),
+            ("v", "self_attn.v_proj", "(n j) w -> w n j", "(n j) -> n j"),
+            ("out", "self_attn.out_proj", "w (n j) -> n j w", "w -> w"),
+            ("fc1", "mlp.fc1", "u w -> w u", "u -> u"),
+            ("fc2", "mlp.fc2", "w u -> u w", "w -> w"),
+        )
+        for rule in (
+            Rule(f"vision.layers.{param}.kernel", _TOWER_LAYER + key + ".weight", weight),
+            Rule(f"vision.layers.{param}.bias", _TOWER_LAYER + key + ".bias", bias),
+        )
+    ),
+)
+# What stands before the keys of a model with a vision half: as released, and as transformers'
+# port of it names them.
+_PREFIXES = {
+    "hf": {
+        "model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+        "tower": "vision_tower.vision_model.",
+        "projector": "multi_modal_projector.",
+        "newline": "image_newline",
+    },
+    "hf-native": {
+        "model.": "model.language_model.",
+        "lm_head.": "lm_head.",
+        "tower": "model.vision_tower.",
+        "projector": "model.multi_modal_projector.",
+        "newline": "model.image_newline",
+    },
+}
+
+
+def text_key(cfg: ModelConfig, layout: TensorLayout, key: str) -> str:
+    """A text model's key as it stands in this model's folder."""
+    if cfg.vision is None:
+        return key
+    start = next(start for start in ("model.", "lm_head.") if key.startswith(start))
+    return _PREFIXES[layout][start] + key.removeprefix(start)
+
+
+def _vision_sizes(cfg: ModelConfig) -> dict[str, int]:
+    vision = cfg.vision
+    if vision is None:
+        return {}
+    return {
+        "w": vision.hidden_size,
+        "u": vision.intermediate_size,
+        "n": vision.num_heads,
+        "j": vision.hidden_size // vision.num_heads,
+        "y": vision.patch_size,
+        "x": vision.patch_size,
+        "i": 3,  # Red, green, blue.
+        "s": 1 + vision.patches,
+        "a": cfg.hidden_size,
+    }
+
 
 def _sizes(cfg: ModelConfig) -> dict[str, int]:
-    return {
+    return _vision_sizes(cfg) | {
         "v": cfg.vocab_size,
         "d": cfg.hidden_size,
         "h": cfg.num_heads,
@@ -165,21 +248,32 @@ class Table:
             shapes[param] = (*(i + 1 for i in last.place), *last.view.param_shape)
         return shapes
 
-    def export(self, key: str, read: Callable[[str, tuple[int, ...]], np.ndarray]) -> np.ndarray:
-        """One tensor of the checkpoint.
+    def export(self, key: str, rows: range, read: Callable[[str, Index], np.ndarray]) -> np.ndarray:
+        """Part of one tensor of the checkpoint.
 
         Args:
           key: The tensor.
-          read: Gives the value of a parameter at a place of its stacked axes.
+          rows: Which places of its first axis (of heads, say, where heads and key dims share a
+            dimension).
+          read: Gives a slice of a parameter.
 
         Returns:
-          The tensor in the checkpoint's shape, contiguous.
+          These rows of the tensor, contiguous.
         """
         pieces = self._of_key[key]
-        values = [read(piece.param, piece.place) for piece in pieces]
-        tensor = np.empty(pieces[0].view.shape, values[0].dtype)
-        for piece, value in zip(pieces, values, strict=True):
-            piece.view.write(tensor, value)
+        tensor: np.ndarray | None = None
+        for piece in pieces:
+            inside = [slice(None)] * len(piece.view.order)
+            inside[piece.view.lead_axis] = slice(rows.start, rows.stop)
+            value = read(piece.param, (*(slice(i, i + 1) for i in piece.place), *inside))
+            value = value[(0,) * len(piece.place)]
+            view = piece.view.cut(len(rows))
+            if tensor is None:
+                if (ready := view.whole(value)) is not None:
+                    return ready
+                tensor = np.empty(view.shape, value.dtype)
+            view.write(tensor, value)
+        assert tensor is not None
         return tensor
 
 
@@ -189,7 +283,12 @@ def _pieces(cfg: ModelConfig, layout: TensorLayout) -> Iterator[Piece]:
 
     def piece(rule: Rule, param: str, place: tuple[int, ...], **key: int) -> Piece:
         view = views.setdefault(rule, View.of(rule.axes, sizes, rule.part))
-        return Piece(param, place, rule.key.format(**key), view)
+        return Piece(param, place, text_key(cfg, layout, rule.key.format(**key)), view)
+
+    def seen(rule: Rule, place: tuple[int, ...]) -> Piece:
+        view = views.setdefault(rule, View.of(rule.axes, sizes))
+        key = rule.key.format(**_PREFIXES[layout], layer=place[0] if place else 0)
+        return Piece(rule.param, place, key, view)
 
     for rule in _MODEL if cfg.tie_embeddings else (*_MODEL, _HEAD):
         yield piece(rule, rule.param, ())
@@ -202,6 +301,10 @@ def _pieces(cfg: ModelConfig, layout: TensorLayout) -> Iterator[Piece]:
                 continue
             for expert in range(cfg.num_experts):
                 yield piece(rule, param, (*place, expert), layer=layer, expert=expert)
+    if cfg.vision is not None:
+        yield from (seen(rule, ()) for rule in _VISION)
+        for layer in range(cfg.vision.num_layers):
+            yield from (seen(rule, (layer,)) for rule in _VISION_LAYER)
 
 
 def _layer_places(cfg: ModelConfig) -> Iterator[tuple[int, str, tuple[int, int]]]:

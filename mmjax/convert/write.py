@@ -1,4 +1,4 @@
-"""Writing a model folder: tensor by tensor, whole or not at all."""
+"""What a model folder will hold: the files of each layout, in units that are made one by one."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.numpy import save_file
 
-from mmjax.convert import headers, native
+from mmjax.config import ModelConfig
+from mmjax.convert import headers, native, stream
 from mmjax.convert.errors import CheckpointError
-from mmjax.convert.params import Params
+from mmjax.convert.params import Params, Specs
+from mmjax.convert.stream import Output, Unit
 from mmjax.convert.table import Table, TensorLayout
 
 SHARD_BYTES = 5_000_000_000
@@ -30,6 +30,8 @@ _COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 
 
@@ -67,56 +69,124 @@ def copy_companions(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def write_safetensors(
-    params: Params, folder: Path, layout: TensorLayout, shard_bytes: int = SHARD_BYTES
-) -> None:
-    """Writes config.json and the tensors, holding one shard in memory.
+# Makes rows of a tensor: places of its first axis.
+type _Make = Callable[[str, range], np.ndarray]
+
+
+def safetensors_output(
+    cfg: ModelConfig, specs: Specs, layout: TensorLayout, shard_bytes: int, make: _Make
+) -> Output:
+    """Files of safetensors, in units of at most `stream.UNIT_BYTES` or one row of a tensor.
 
     In transformers' layout its buffers are written too, so that it misses nothing.
 
     Args:
-      params: Where the values come from.
-      folder: An existing folder.
+      cfg: The architecture.
+      specs: Dtype of each parameter.
       layout: "hf" | "hf-native".
       shard_bytes: A file ends before the tensor that would make it larger than this.
+      make: Gives rows of a tensor.
 
     Raises:
       CheckpointError: the layout cannot hold this model.
     """
-    table = Table(params.cfg, layout)
-    buffers = native.buffer_shapes(params.cfg) if layout == "hf-native" else {}
-    sizes = {k: math.prod(s) * _dtype(params, table, k).itemsize for k, s in table.tensors.items()}
-    sizes |= {key: math.prod(shape) * 4 for key, shape in buffers.items()}
+    table = Table(cfg, layout)
+    buffers = native.buffer_shapes(cfg) if layout == "hf-native" else {}
+    shapes = table.tensors | buffers
+    dtypes = {k: _dtype(specs, table, k) for k in table.tensors}
+    dtypes |= dict.fromkeys(buffers, np.dtype(np.float32))
+    sizes = {k: math.prod(shape) * dtypes[k].itemsize for k, shape in shapes.items()}
     shards = _shards(sizes, shard_bytes)
-    write_config(params, folder, layout)
+    units: list[Unit] = []
     weight_map: dict[str, str] = {}
-    with _progress(sum(sizes.values())) as advance:
-        for number, keys in enumerate(shards, 1):
-            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            name = headers.SINGLE if len(shards) == 1 else name
-            tensors = {}
-            for key in keys:
-                tensors[key] = (
-                    native.buffer(params.cfg, key)
-                    if key in buffers
-                    else table.export(key, params.at)
-                )
-                advance(sizes[key])
-            save_file(tensors, folder / name, metadata={"format": "pt"})
-            # safetensors makes files that only their owner can read.
-            (folder / name).chmod((folder / "config.json").stat().st_mode)
-            weight_map |= dict.fromkeys(keys, name)
+    for number, keys in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        name = headers.SINGLE if len(shards) == 1 else name
+        header = _header(keys, shapes, dtypes, sizes)
+        parts: list[_Part] = [(len(header), partial(bytes, header))]
+        for key in keys:
+            if key in buffers:
+                parts.append((sizes[key], partial(native.buffer, cfg, key)))
+            else:
+                lead = table.of_key(key)[0].view.lead
+                parts += [
+                    (size, partial(make, key, rows)) for size, rows in _rows(lead, sizes[key])
+                ]
+        units += _grouped(name, parts)
+        weight_map |= dict.fromkeys(keys, name)
+    texts = {"config.json": config_text(cfg, specs, layout)}
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (folder / headers.INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        texts[headers.INDEX] = json.dumps(index, indent=2) + "\n"
+    return Output(units, texts, lambda _: None, _largest(units))
 
 
-def _dtype(params: Params, table: Table, key: str) -> np.dtype:
-    dtypes = {params.specs[piece.param].dtype for piece in table.of_key(key)}
+def from_params(params: Params, layout: TensorLayout) -> _Make:
+    """Makes rows of tensors out of parameters."""
+    table = Table(params.cfg, layout)
+    return lambda key, rows: table.export(key, rows, params.read)
+
+
+type _Part = tuple[int, Callable[[], np.ndarray | bytes]]
+
+
+def _rows(lead: int, size: int) -> Iterator[tuple[int, range]]:
+    """Bytes and rows of the parts in which a tensor is made."""
+    each = size // lead
+    step = stream.even_step(lead, each)
+    for start in range(0, lead, step):
+        rows = range(start, min(start + step, lead))
+        yield each * len(rows), rows
+
+
+def _grouped(file: str, parts: list[_Part]) -> Iterator[Unit]:
+    """Units of neighbouring parts."""
+    offset = filled = 0
+    group: list[Callable[[], np.ndarray | bytes]] = []
+    for size, make in parts:
+        if group and filled + size > stream.UNIT_BYTES:
+            yield Unit(file, offset, filled, tuple(group))
+            offset, group, filled = offset + filled, [], 0
+        group.append(make)
+        filled += size
+    yield Unit(file, offset, filled, tuple(group))
+
+
+def _largest(units: list[Unit]) -> int:
+    return max(unit.size for unit in units)
+
+
+_NAMES = {np.dtype(name): code for code, name in headers.DTYPES.items()}
+
+
+def _header(
+    keys: list[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, np.dtype],
+    sizes: Mapping[str, int],
+) -> bytes:
+    """The head of a safetensors file: its length, then JSON, filled up to a multiple of eight."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for key in keys:
+        stop = start + sizes[key]
+        entries[key] = {
+            "dtype": _NAMES[dtypes[key]],
+            "shape": list(shapes[key]),
+            "data_offsets": [start, stop],
+        }
+        start = stop
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _dtype(specs: Specs, table: Table, key: str) -> np.dtype:
+    dtypes = {specs[piece.param].dtype for piece in table.of_key(key)}
     if len(dtypes) > 1:
         problem = f"{key} would mix {' and '.join(sorted(d.name for d in dtypes))}"
         raise CheckpointError(f"layout {table.layout}", [problem])
-    return dtypes.pop()
+    return np.dtype(dtypes.pop())
 
 
 def _shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
@@ -132,26 +202,11 @@ def _shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def write_config(params: Params, folder: Path, layout: TensorLayout) -> None:
-    """Writes config.json in the layout's keys, with the dtype that the parameters are in."""
-    config = params.cfg.to_hf(layout)
-    dtype = params.specs["embed.embedding"].dtype.name
+def config_text(cfg: ModelConfig, specs: Specs, layout: TensorLayout) -> str:
+    """config.json in the layout's keys, with the dtype that the parameters are in."""
+    config = cfg.to_hf(layout)
+    dtype = specs["embed.embedding"].dtype.name
     if layout == "hf-native":
         config["dtype"] = dtype  # transformers loads in this one
     config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar in bytes on a terminal's stderr."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("writing", total=total)
-        yield lambda done: progress.advance(task, done)
+    return json.dumps(config, indent=2) + "\n"

@@ -6,15 +6,18 @@ import argparse
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from mmjax.chat import THINK_END, render_chat, split_thinking
 from mmjax.convert import load
-from mmjax.engine.engine import Engine
+from mmjax.engine.engine import Engine, Prompt
+from mmjax.engine.images import ImagePrompt
 from mmjax.engine.results import Output, RequestError
 from mmjax.engine.sampling import SamplingParams
 from mmjax.model import Decoder
 from mmjax.sharding import SERVING_RULES, make_mesh, parse_mesh
 from mmjax.tokenizer import Tokenizer
+from mmjax.vision import Image, ImageError, image_tokens, read_image
 
 # Prompts that run side by side, and the longest chat unless told otherwise.
 SLOTS, CHAT_LENGTH = 16, 32768
@@ -25,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="model folder: safetensors (either layout) or Orbax")
     parser.add_argument("--prompt", action="append", help="a prompt; may be given several times")
     parser.add_argument("--prompts-file", help="a file with one prompt a line, - for stdin")
+    parser.add_argument(
+        "--image", action="append", default=[], help="a picture for the prompt; several in order"
+    )
     parser.add_argument("--chat", action="store_true", help="chat (as without prompts on a tty)")
     parser.add_argument("--raw", action="store_true", help="no chat template around the prompt")
     parser.add_argument("--system", help="the system message")
@@ -69,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
       RequestError: no prompt, one that is too long, or a sampling parameter out of its range.
     """
     texts = _prompts(args)
+    images = _images(args, texts)
     params = _params(args)
     tokenizer = Tokenizer.load(args.path)
     model = load_to_serve(args)
@@ -79,8 +86,15 @@ def run(args: argparse.Namespace) -> int:
         )
         _chat(engine, tokenizer, params, args)
         return 0
-    prompts = [tokenizer.encode(_rendered(text, tokenizer, args)) for text in texts]
-    longest = args.max_length or max(map(len, prompts)) + params.max_tokens
+    encoded = [tokenizer.encode(_rendered(text, tokenizer, args)) for text in texts]
+    prompts: list[Prompt] = [*encoded]
+    more = 0
+    if images:
+        if model.cfg.vision is None:
+            raise RequestError(f"the model in {args.path} takes no images; leave out --image")
+        more = sum(image_tokens(image.size, model.cfg.vision) for image in images)
+        prompts = [ImagePrompt(encoded[0], images)]
+    longest = args.max_length or max(map(len, encoded)) + more + params.max_tokens
     slots = min(len(prompts), SLOTS)
     engine = Engine(
         model,
@@ -122,7 +136,7 @@ class _Meter:
 
 
 def _print_all(
-    engine: Engine, texts: list[str], prompts: list[list[int]], params: SamplingParams
+    engine: Engine, texts: list[str], prompts: list[Prompt], params: SamplingParams
 ) -> None:
     """Runs all prompts; shows the first that is not done as it comes, the others after it."""
     meter = _Meter()
@@ -179,18 +193,28 @@ def _chat(
         messages.append({"role": "assistant", "content": kept})
 
 
-def _messages(args: argparse.Namespace) -> list[dict[str, str]]:
+def _messages(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [{"role": "system", "content": args.system}] if args.system else []
 
 
 def _rendered(text: str, tokenizer: Tokenizer, args: argparse.Namespace) -> str:
     if args.raw:
         return text
-    return _render([*_messages(args), {"role": "user", "content": text}], tokenizer)
+    content = [*({"type": "image"} for _ in args.image), {"type": "text", "text": text}]
+    return _render([*_messages(args), {"role": "user", "content": content}], tokenizer)
 
 
-def _render(messages: list[dict[str, str]], tokenizer: Tokenizer) -> str:
+def _render(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> str:
     return render_chat(messages, document_start=tokenizer.document_start)
+
+
+def _images(args: argparse.Namespace, texts: list[str] | None) -> list[Image]:
+    if args.image and (texts is None or len(texts) != 1):
+        raise RequestError("--image goes with one --prompt")
+    try:
+        return [read_image(path) for path in args.image]
+    except ImageError as error:
+        raise RequestError(str(error)) from None
 
 
 def _params(args: argparse.Namespace) -> SamplingParams:

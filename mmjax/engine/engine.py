@@ -14,15 +14,17 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from kernels_pallas import dispatch
+from mmjax.engine.images import Features, ImagePrompt
 from mmjax.engine.memory import Memory
 from mmjax.engine.pages import Prefix
 from mmjax.engine.programs import BURST, compiled, idle_rows, pack_rows
 from mmjax.engine.results import Completion, EngineStats, Output, RequestError, TokenLogprob
 from mmjax.engine.sample import Request, Sample, Schedule, seed_words
 from mmjax.engine.sampling import SamplingParams
-from mmjax.model import Decoder
+from mmjax.model import Decoder, ImageTokens
 from mmjax.sharding import SERVING_RULES, param_shardings
 from mmjax.tokenizer import Tokenizer
+from mmjax.vision import Image, ImageError, expand_images
 
 # Rows of the narrowest decode program: XLA's products on CPUs sum in another order for fewer rows,
 # and a sample's bits should not depend on how many others run.
@@ -39,7 +41,7 @@ MAX_SAMPLES = 1024
 # program reads as many of every row. On CPUs it reads what the longest row has.
 TABLE_TOKENS = (512, 4096)
 
-type Prompt = str | Sequence[int] | np.ndarray
+type Prompt = str | Sequence[int] | np.ndarray | ImagePrompt
 
 
 class Engine:
@@ -96,6 +98,9 @@ class Engine:
             graphdef, params = self._unstack(nnx.state(model))
             self._leaves, treedef = jax.tree.flatten(params)
             self._programs = compiled(graphdef, treedef)
+            self._features = None
+            if self.cfg.vision is not None:
+                self._features = Features(self.cfg.vision, self._run_tower)
             longest = min(max_length or 32768, self.cfg.max_position_embeddings)
             width = -(-longest // page_size)
             pages = num_pages or min(max_slots * width, _affordable_pages(self.cfg, page_size))
@@ -131,7 +136,8 @@ class Engine:
         """Takes in a request.
 
         Args:
-          prompt: Text, which needs a tokenizer and to which nothing is added; or token ids.
+          prompt: Text, which needs a tokenizer and to which nothing is added; or token ids; or one
+            of them with images.
           params: How to sample; None for the defaults.
           request_id: A name that no unfinished request has; None for a new one.
 
@@ -142,11 +148,11 @@ class Engine:
           RequestError: the request cannot be run; the message says why.
         """
         params = params or SamplingParams()
-        ids = self._checked(prompt, params)
+        ids, images = self._checked(prompt, params)
         name = request_id if request_id is not None else f"request-{self._arrivals}"
         if name in self._samples:
             raise RequestError(f"request {name!r} is still running; choose another request_id")
-        request = Request(name, ids, params, self._stop_ids(params), self._schedule)
+        request = Request(name, ids, params, self._stop_ids(params), self._schedule, images)
         self._seeds[name] = secrets.randbits(63) if params.seed is None else params.seed
         samples = [
             Sample.create(request, index, self._arrivals + index, self.tokenizer)
@@ -259,6 +265,8 @@ class Engine:
         with self._on_mesh():
             self._leaves = jax.tree.leaves(self._unstack(state)[1])
         self._memory.prefixes.clear()
+        if self._features is not None:
+            self._features.clear()
         for sample in [*self._running, *self._waiting]:
             self._memory.release(sample)
             sample.computed = 0
@@ -270,6 +278,12 @@ class Engine:
         with self._on_mesh():
             for size in self._schedule.sizes:
                 self._run_chunk(np.zeros(size, np.int32), 0, (-1, 0, 0))
+                if self._features is not None:
+                    nothing = np.zeros((1, size, self.cfg.hidden_size), self.cfg.dtype)
+                    images = ImageTokens(nothing, np.full((1, size), -1, np.int32))  # type: ignore[arg-type]
+                    self._run_chunk(np.zeros(size, np.int32), 0, (-1, 0, 0), images)
+            if self._features is not None:
+                self._features.warm_up()
             for shape in itertools.product(self._widths, self._table_widths):
                 self._run_burst(idle_rows(shape[0]), np.zeros(shape, np.int32), 0, top=False)
             self._memory.warm_up()
@@ -364,7 +378,11 @@ class Engine:
         count = end - sample.computed
         chunk = np.zeros(size, np.int32)
         chunk[:count] = sample.tokens()[sample.computed : end]
-        self._run_chunk(chunk, sample.slot, (sample.slot, sample.computed, count))
+        images = None
+        if sample.request.images:
+            assert self._features is not None
+            images = self._features.chunk(sample.request.images, sample.computed, end, size)
+        self._run_chunk(chunk, sample.slot, (sample.slot, sample.computed, count), images)
         sample.computed = end
         digest = dict(sample.digests()).get(end)
         assert digest is not None
@@ -446,13 +464,23 @@ class Engine:
 
     # Calls of programs.
 
-    def _run_chunk(self, chunk: np.ndarray, row: int, place: tuple[int, int, int]) -> None:
+    def _run_tower(self, tiles: np.ndarray) -> np.ndarray:
+        return np.asarray(self._programs.features(self._leaves, tiles))
+
+    def _run_chunk(
+        self,
+        chunk: np.ndarray,
+        row: int,
+        place: tuple[int, int, int],
+        images: ImageTokens | None = None,
+    ) -> None:
         self._memory.pools = self._programs.prefill(
             self._leaves,
             self._memory.pools,
             chunk,
             self._memory.table[row].copy(),
             np.array(place, np.int32),
+            images,
         )
 
     def _run_burst(self, packed: np.ndarray, table: np.ndarray, steps: int, *, top: bool) -> _Drawn:
@@ -473,8 +501,14 @@ class Engine:
         own = () if params.ignore_eos or eos is None else (eos,)
         return (*own, *params.stop_ids)
 
-    def _checked(self, prompt: Prompt, params: SamplingParams) -> np.ndarray:
-        """The prompt's ids."""
+    def _checked(
+        self, prompt: Prompt, params: SamplingParams
+    ) -> tuple[np.ndarray, list[tuple[range, Image]]]:
+        """The prompt's ids, and its images with the places of their tokens."""
+        images: Sequence[Image] = ()
+        if isinstance(prompt, ImagePrompt):
+            images = prompt.images
+            prompt = prompt.prompt
         if self.tokenizer is None:
             wants = {"a text prompt": isinstance(prompt, str), "stop": bool(params.stop)}
             wants["thinking_budget"] = params.thinking_budget is not None
@@ -492,6 +526,7 @@ class Engine:
             raise RequestError(
                 f"token id {wrong[0]} is not in the vocabulary of {self.cfg.vocab_size}"
             )
+        ids, placed = self._with_images(ids, images)
         if len(ids) + params.max_tokens > self.max_length:
             raise RequestError(
                 f"a prompt of {len(ids)} tokens and max_tokens={params.max_tokens} exceed the "
@@ -499,7 +534,21 @@ class Engine:
             )
         if params.n > MAX_SAMPLES:
             raise RequestError(f"n must be at most {MAX_SAMPLES}, got {params.n}")
-        return ids.astype(np.int32)
+        return ids.astype(np.int32), placed
+
+    def _with_images(
+        self, ids: np.ndarray, images: Sequence[Image]
+    ) -> tuple[np.ndarray, list[tuple[range, Image]]]:
+        """The ids with image tokens repeated."""
+        if self.cfg.vision is None:
+            if images:
+                raise RequestError("this model has no vision half; leave the images out")
+            return ids, []
+        try:
+            ids, places = expand_images(ids, images, self.cfg.vision)
+        except ImageError as error:
+            raise RequestError(str(error)) from None
+        return ids, list(zip(places, images, strict=True))
 
 
 class _Drawn:

@@ -104,11 +104,27 @@ class PrefixCache:
             pass
 
 
-def digests(tokens: Sequence[int] | np.ndarray, ends: Sequence[int]) -> list[bytes]:
-    """A digest of the tokens up to each of `ends`, which ascend."""
+def digests(
+    tokens: Sequence[int] | np.ndarray,
+    ends: Sequence[int],
+    marks: Sequence[tuple[int, bytes]] = (),
+) -> list[bytes]:
+    """A digest of the tokens up to each of `ends`, which ascend.
+
+    Args:
+      tokens: Token ids.
+      ends: Places.
+      marks: What else is known of the token at a place, ascending: an image's digest at its first
+        token, since all images have the same tokens.
+    """
     raw = np.asarray(tokens, np.int32)
     running, start, found = hashlib.blake2b(digest_size=16), 0, []
+    left = list(marks)
     for end in ends:
+        while left and left[0][0] < end:
+            place, mark = left.pop(0)
+            running.update(raw[start:place].tobytes() + mark)
+            start = place
         running.update(raw[start:end].tobytes())
         found.append(running.digest())
         start = end

@@ -15,7 +15,7 @@ from kernels_pallas.numerics import einsum32
 from mmjax.cache import PagedCache
 from mmjax.config import LIGHTNING, SOFTMAX, ModelConfig
 from mmjax.engine.sampling import MAX_LOGPROBS, Draw, draw
-from mmjax.model import Decoder
+from mmjax.model import Decoder, ImageTokens
 from mmjax.sharding import constrain
 
 # Most decode steps of one burst.
@@ -150,6 +150,7 @@ class Programs(NamedTuple):
 
     prefill: Any
     decode: Any
+    features: Any
 
 
 @lru_cache(maxsize=8)
@@ -164,6 +165,7 @@ def compiled(graphdef: Any, treedef: Any) -> Programs:
     return Programs(
         jax.jit(partial(_prefill, **static), donate_argnames="pools"),
         jax.jit(partial(_decode, **static), donate_argnames="pools"),
+        jax.jit(partial(_features, **static)),
     )
 
 
@@ -177,6 +179,7 @@ def _prefill(
     tokens: jax.Array,
     table: jax.Array,
     place: jax.Array,
+    images: ImageTokens | None = None,
     *,
     graphdef: Any,
     treedef: Any,
@@ -191,14 +194,28 @@ def _prefill(
       tokens: [T], padded on the right.
       table: [W], the row's pages.
       place: [3]: state slot, tokens so far, real tokens of the chunk.
+      images: Of the chunk's tokens, [1, T, D] and [1, T].
     """
     slot, length, count = place
     cache = PagedCache(*pools, table[None], slot[None], length[None])
     real = jnp.arange(tokens.size, dtype=jnp.int32) < count
     out = _model(graphdef, treedef, leaves)(
-        tokens[None], segment_ids=real[None].astype(jnp.int32), cache=cache, compute_logits=False
+        tokens[None],
+        segment_ids=real[None].astype(jnp.int32),
+        cache=cache,
+        images=images,
+        compute_logits=False,
     )
     return Pools(*out.cache[:3])._pinned()
+
+
+def _features(
+    leaves: list[jax.Array], tiles: jax.Array, *, graphdef: Any, treedef: Any
+) -> jax.Array:
+    """`Vision.features` of tiles [N, S, S, 3]."""
+    vision = _model(graphdef, treedef, leaves).vision
+    assert vision is not None
+    return vision.features(tiles)
 
 
 def _decode(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from mmjax.engine.results import FinishReason, Output, TokenLogprob
 from mmjax.engine.sampling import SamplingParams
 from mmjax.engine.text import TextStream
 from mmjax.tokenizer import Tokenizer
+from mmjax.vision import Image
 
 # What is forced to close a thinking part that ran out of its budget.
 CLOSING = f"\n{THINK_END}\n\n"
@@ -66,25 +68,30 @@ class Schedule:
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """A prompt and how to sample it; its samples share the digests of the prompt."""
+    """A prompt and how to sample it; its samples share the digests of the prompt.
+
+    `images` are those of the prompt, each with the places of its tokens.
+    """
 
     id: str
     prompt: np.ndarray
     params: SamplingParams
     stop_ids: tuple[int, ...]
     schedule: Schedule
+    images: Sequence[tuple[range, Image]] = ()
     _digests: list[tuple[int, bytes]] | None = None
 
     def digests(self) -> list[tuple[int, bytes]]:
         """Each border of the prompt without its last token, with the digest of what is before."""
         if self._digests is None:
-            self._digests = _digests(self.prompt, self.schedule)
+            self._digests = self.digests_of(self.prompt)
         return self._digests
 
-
-def _digests(tokens: np.ndarray, schedule: Schedule) -> list[tuple[int, bytes]]:
-    borders = schedule.borders(len(tokens) - 1)
-    return list(zip(borders, digests(tokens, borders), strict=True))
+    def digests_of(self, tokens: np.ndarray) -> list[tuple[int, bytes]]:
+        """The same of more tokens that begin with the prompt."""
+        borders = self.schedule.borders(len(tokens) - 1)
+        marks = [(places.start, image.digest) for places, image in self.images]
+        return list(zip(borders, digests(tokens, borders, marks), strict=True))
 
 
 @dataclasses.dataclass(eq=False)
@@ -154,7 +161,7 @@ class Sample:
         """Each border of what is to be prefilled, with the digest of the tokens before it."""
         if not self.new:
             return self.request.digests()
-        return _digests(self.tokens(), self.request.schedule)
+        return self.request.digests_of(self.tokens())
 
     def steps(self, tokenizer: Tokenizer | None, most: int) -> int:
         """Tokens that the next burst may draw, `most` at most."""

@@ -92,12 +92,12 @@ def read_request(source: str) -> Request:
       ShardingError: its `sharding` is wrong.
     """
     if source in PRESETS:
-        return Request(getattr(ModelConfig, source)())
+        return Request(_text_half(getattr(ModelConfig, source)()))
     path, _, stage = source.partition(":")
     if path.endswith(".py"):
         return _from_values(_run_config(Path(path), stage), source)
     if Path(source).exists():
-        return Request(ModelConfig.from_hf(source))
+        return Request(_text_half(ModelConfig.from_hf(source)))
     raise PlanError(
         f"{source!r} is no config file (.py), no model folder and no preset; "
         f"presets: {', '.join(PRESETS)}"
@@ -144,5 +144,10 @@ def _model(values: dict[str, Any], source: str) -> ModelConfig:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
             raise ConfigError(f"{source}: unknown key model.{key}; did you mean model.{near}?")
-    config: ModelConfig = getattr(ModelConfig, preset)(**values)
+    config = _text_half(getattr(ModelConfig, preset)(**values))
     return config
+
+
+def _text_half(config: ModelConfig) -> ModelConfig:
+    """What is planned: a vision tower is a thousandth of VL-01."""
+    return dataclasses.replace(config, vision=None)

@@ -17,6 +17,7 @@ from mmjax.engine import Engine
 from mmjax.engine.cli import add_placement, load_to_serve
 from mmjax.model import Decoder
 from mmjax.serve.app import ServeConfig, create_app
+from mmjax.serve.images import ImageSource
 from mmjax.serve.jobs import Served
 from mmjax.serve.server import HttpServer
 from mmjax.tokenizer import Tokenizer
@@ -55,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prefill-chunk", type=int, default=2048, help="prompt tokens computed at once (2048)")
     add("--max-waiting", type=_count, default=256, help="samples that may wait for a slot (256)")
     add("--max-body-mib", type=_count, default=32, help="size of a request's body (32)")
+    add(
+        "--allow-remote-images",
+        action="store_true",
+        help="fetch images that requests name by a public http(s) address",
+    )
+    add("--max-image-mib", type=_count, default=20, help="size of an image file (20)")
     add("--drain-seconds", type=_count, default=60, help="for running requests after SIGTERM (60)")
     add("--no-warm-up", action="store_true", help="compile when requests come, not at the start")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
@@ -94,7 +101,9 @@ def _server(args: argparse.Namespace, key: str | None, bound: socket.socket) -> 
     config = ServeConfig(
         api_key=key, max_waiting=args.max_waiting, max_body=args.max_body_mib * _MIB
     )
-    app = create_app(engine, Served(name, tokenizer, engine.max_length), config)
+    images = ImageSource(args.allow_remote_images, args.max_image_mib * _MIB)
+    served = Served(name, tokenizer, engine.max_length, model.cfg.vision, images)
+    app = create_app(engine, served, config)
     host, port = bound.getsockname()[:2]
     told = (
         f"mmjax serve: serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1 "

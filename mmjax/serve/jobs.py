@@ -8,16 +8,22 @@ import uuid
 from collections.abc import Sequence
 
 from mmjax.chat import render_chat
+from mmjax.engine.images import ImagePrompt
 from mmjax.engine.sampling import SamplingParams
 from mmjax.serve.errors import ApiError
+from mmjax.serve.images import ImageSource
 from mmjax.serve.replies import Answer, ChatChoice, Choice, TextChoice, Usage
 from mmjax.serve.requests import ChatRequest, CompletionRequest, Sampling, read_body, shown
 from mmjax.tokenizer import Tokenizer
+from mmjax.vision import Image, VisionConfig, image_tokens
 
 # OpenAI's default for /v1/completions; a chat may go on to the end of the context.
 _COMPLETION_TOKENS = 16
+MAX_IMAGES = 64
 _CHAT = "chat.completion"
 _TEXT = "text_completion"
+
+type Prompt = Sequence[int] | ImagePrompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +34,16 @@ class Served:
       name: As requests call it.
       tokenizer: Of the model.
       max_length: Most tokens of a prompt and its completion together.
+      vision: Of the model, None if it takes no images.
+      images: Where images may come from.
       created: Unix time of the start, in seconds.
     """
 
     name: str
     tokenizer: Tokenizer
     max_length: int
+    vision: VisionConfig | None = None
+    images: ImageSource = dataclasses.field(default_factory=ImageSource)
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
 
@@ -42,7 +52,7 @@ class Job:
     """One request, ready for the engine.
 
     Attributes:
-      prompts: Token ids of each prompt.
+      prompts: Token ids of each prompt, or with images.
       params: How to sample each of them.
       choices: What makes the answer, prompt by prompt, sample by sample.
       stream: In chunks?
@@ -50,7 +60,7 @@ class Job:
       head: What each chunk and the whole answer start with.
     """
 
-    prompts: list[list[int]]
+    prompts: Sequence[Prompt]
     params: SamplingParams
     choices: Sequence[ChatChoice | TextChoice]
     stream: bool
@@ -85,16 +95,19 @@ def chat_job(body: bytes, served: Served) -> Job:
     _check_model(request, served)
     if request.top_logprobs is not None and not request.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
+    images = _images(request, served)
     prompt, tools = _rendered(request, served), bool(request.described_tools())
+    length = len(prompt) + _more_tokens(images, served)
     params = request.sampling(
-        _new_tokens([prompt], *_chat_limit(request), served.max_length, served, "messages"),
+        _new_tokens(length, *_chat_limit(request), served.max_length, served, "messages"),
         (request.top_logprobs or 0) if request.logprobs else None,
     )
     logprobs = params.logprobs is not None
     choices = [
         ChatChoice(i, served.tokenizer, logprobs=logprobs, tools=tools) for i in range(params.n)
     ]
-    return _job(request, [prompt], params, choices, _head("chatcmpl", _CHAT, served))
+    whole = ImagePrompt(prompt, images) if images else prompt
+    return _job(request, [whole], params, choices, _head("chatcmpl", _CHAT, served))
 
 
 def completion_job(body: bytes, served: Served) -> Job:
@@ -111,7 +124,8 @@ def completion_job(body: bytes, served: Served) -> Job:
         raise ApiError(400, f"a prompt is empty; got {shown(request.prompt)}", param="prompt")
     limit = (request.max_tokens, "max_tokens")
     params = request.sampling(
-        _new_tokens(prompts, *limit, _COMPLETION_TOKENS, served, "prompt"), request.logprobs
+        _new_tokens(max(map(len, prompts)), *limit, _COMPLETION_TOKENS, served, "prompt"),
+        request.logprobs,
     )
     logprobs = params.logprobs is not None
     choices = [
@@ -141,6 +155,24 @@ def _rendered(request: ChatRequest, served: Served) -> list[int]:
     return served.tokenizer.encode(text)
 
 
+def _images(request: ChatRequest, served: Served) -> list[Image]:
+    """The images of a chat."""
+    urls = request.image_urls()
+    if urls and served.vision is None:
+        raise ApiError(400, f"the model {served.name!r} takes no images", param="messages")
+    if len(urls) > MAX_IMAGES:
+        told = f"{len(urls)} images are more than the {MAX_IMAGES} that one chat may hold"
+        raise ApiError(400, told, param="messages")
+    return [served.images.read(url) for url in urls]
+
+
+def _more_tokens(images: Sequence[Image], served: Served) -> int:
+    """Tokens that images take beyond the one that each has in the text."""
+    if served.vision is None:
+        return 0
+    return sum(image_tokens(image.size, served.vision) - 1 for image in images)
+
+
 def _chat_limit(request: ChatRequest) -> tuple[int | None, str]:
     """The limit that was given, and the name of its field."""
     if request.max_completion_tokens is None:
@@ -152,7 +184,7 @@ def _chat_limit(request: ChatRequest) -> tuple[int | None, str]:
 
 
 def _new_tokens(
-    prompts: list[list[int]],
+    longest: int,
     limit: int | None,
     field: str,
     default: int,
@@ -160,7 +192,6 @@ def _new_tokens(
     prompt_field: str,
 ) -> int:
     """How many tokens each sample may get."""
-    longest = max(map(len, prompts))
     room = served.max_length - longest
     told = f"the prompt has {longest} tokens, and the model takes {served.max_length} in all"
     if room < 1:
@@ -184,7 +215,7 @@ def _head(prefix: str, kind: str, served: Served) -> Answer:
 
 def _job(
     request: Sampling,
-    prompts: list[list[int]],
+    prompts: Sequence[Prompt],
     params: SamplingParams,
     choices: Sequence[ChatChoice | TextChoice],
     head: Answer,

@@ -59,6 +59,20 @@ class TextItem(_Strict):
     name: str | None = None
 
 
+class ImageUrl(_Strict):
+    """Where an image is: a data URL, or an address if this server fetches any."""
+
+    url: str = Field(min_length=1)
+    detail: Annotated[Any, _Only(("auto", "high"))] = None
+
+
+class ImageItem(_Strict):
+    """An image of a user's message."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
 class FunctionCall(_Strict):
     """What an assistant called; arguments is a JSON object as text."""
 
@@ -87,7 +101,7 @@ class UserMessage(_Strict):
     """What the user says."""
 
     role: Literal["user"]
-    content: str | list[TextItem]
+    content: str | list[Annotated[TextItem | ImageItem, Field(discriminator="type")]]
     name: str | None = None
 
 
@@ -234,6 +248,11 @@ class ChatRequest(Sampling):
             | {"parameters": tool.function.parameters or {}}
             for tool in self.tools or ()
         ]
+
+    def image_urls(self) -> list[str]:
+        """Of all messages, in order."""
+        items = [i for m in self.messages if isinstance(m.content, list) for i in m.content]
+        return [item.image_url.url for item in items if isinstance(item, ImageItem)]
 
     def rendered_messages(self) -> list[dict[str, Any]]:
         """The messages for `render_chat`."""

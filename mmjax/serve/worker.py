@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 from mmjax.engine.results import EngineStats, Output
 from mmjax.engine.sampling import SamplingParams
 from mmjax.serve.errors import ApiError
+from mmjax.serve.jobs import Prompt
 
 _log = logging.getLogger("mmjax.serve")
 _RETRY_AFTER = {"Retry-After": "1"}
@@ -23,9 +24,7 @@ _RETRY_AFTER = {"Retry-After": "1"}
 class Engine(Protocol):
     """What the server needs of `mmjax.Engine`."""
 
-    def add(
-        self, prompt: Sequence[int], params: SamplingParams, *, request_id: str | None = None
-    ) -> str:
+    def add(self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None) -> str:
         """Queues a prompt; RequestError if it cannot be run."""
 
     def step(self) -> list[Output]:
@@ -126,7 +125,7 @@ class Worker:
         if self._thread.is_alive():
             _log.warning("the engine's step did not end within %g s; leaving it", timeout)
 
-    async def submit(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Reply:
+    async def submit(self, prompts: Sequence[Prompt], params: SamplingParams) -> Reply:
         """Hands prompts to the engine.
 
         Raises:
@@ -226,7 +225,7 @@ class Worker:
 
     def _add(
         self,
-        requests: list[tuple[str, Sequence[int]]],
+        requests: list[tuple[str, Prompt]],
         params: SamplingParams,
         added: asyncio.Future[None],
     ) -> None:

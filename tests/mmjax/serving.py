@@ -103,9 +103,9 @@ class ScriptedEngine:
 
 
 @contextlib.contextmanager
-def serving(engine, config=None, drain=5):
+def serving(engine, config=None, drain=5, vision=None):
     """The address of a server around an engine."""
-    served = Served("tiny", engine.tokenizer, engine.max_length)
+    served = Served("tiny", engine.tokenizer, engine.max_length, vision)
     app = create_app(engine, served, config or ServeConfig())
     server = HttpServer(app, "", drain=drain, log_config=None)
     with socket.create_server(("127.0.0.1", 0)) as bound:

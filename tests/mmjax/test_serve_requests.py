@@ -32,10 +32,10 @@ MALFORMED = [
     (CHAT, {"messages": [USER | {"content": 3}]}, 400, "got 3", "messages[0].content"),
     (
         CHAT,
-        {"messages": [USER | {"content": [{"type": "image_url", "image_url": {}}]}]},
+        {"messages": [USER | {"content": [{"type": "input_audio", "input_audio": {}}]}]},
         400,
-        'should be \'text\'; got "image_url"',
-        "messages[0].content[0].type",
+        "does not match any of the expected tags: 'text', 'image_url'",
+        "messages[0].content[0]",
     ),
     (CHAT, {"messages": [{"role": "tool", "content": "3"}]}, 400, "tool of a result", "messages"),
     (CHAT, {"messages": [{"role": "assistant"}]}, 400, "must be a string or a list", "messages"),

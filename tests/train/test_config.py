@@ -276,7 +276,12 @@ def text_batch(cfg):
     shape = (cfg.data.batch_size, cfg.data.sequence_length)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32)
     mask = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return {"tokens": ids, "segment_ids": ids, "positions": ids, "loss_mask": mask}
+    batch = {"tokens": ids, "segment_ids": ids, "positions": ids, "loss_mask": mask}
+    if cfg.data.source == "pictures":
+        side = cfg.model.vision.image_size
+        tiles = (cfg.data.batch_size, cfg.data.tiles_per_row, side, side, 3)
+        batch |= {"image_index": ids, "tiles": jax.ShapeDtypeStruct(tiles, jnp.uint8)}
+    return batch
 
 
 def rl_batch(cfg):
