@@ -99,7 +99,6 @@ def cispo(model: Decoder) -> float:
         max_prompt_tokens=16,
         max_new_tokens=32,
     )
-    model.remat = "none"
     optimizer = optax.adamw(1e-4)
     mesh = make_mesh(devices=jax.devices()[:1])
     sampler = Sampler(model, None, JobConfig("cispo", 1, cispo=rl), mesh)
