@@ -142,7 +142,8 @@ def _text(message: Mapping[str, Any]) -> str:
         return content
     if isinstance(content, list):
         return "".join(map(_item, content))
-    raise ValueError(f"chat content must be a string or a list of items, got {content!r}")
+    what = "a string or a list of text and image items"
+    raise ValueError(f"chat content must be {what}, got {content!r}")
 
 
 def _item(item: Any) -> str:

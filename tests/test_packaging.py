@@ -19,7 +19,7 @@ SHIPPED = {"kernels_pallas", "mmjax"}
 
 def _import_names(requirements):
     """The modules that requirements like `flax>=0.12` give, where the name alone does not tell."""
-    renamed = {"absl-py": "absl", "gin-config": "gin", "orbax-checkpoint": "orbax"}
+    renamed = {"absl-py": "absl", "gin-config": "gin", "orbax-checkpoint": "orbax", "pillow": "PIL"}
     names = [re.match(r"[\w.-]+", requirement)[0] for requirement in requirements]
     return {renamed.get(name, name.replace("-", "_")) for name in names}
 

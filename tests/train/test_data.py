@@ -381,7 +381,7 @@ def test_prompt_is_the_users_turn(tokenizer):
         ({"content": "x"}, "unknown chat role None"),
         ({"role": "user", "content": 3}, "chat content must be a string or a list of text"),
         ({"role": "user"}, "got None"),
-        ({"role": "user", "content": [{"type": "image"}]}, "got .*image"),
+        ({"role": "user", "content": [{"type": "audio"}]}, "got .*audio"),
         ({"role": "user", "content": ["x"]}, "got .*x"),
         ({"role": "user", "content": [{"type": "text"}]}, "got .*text"),
     ],
