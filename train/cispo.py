@@ -221,6 +221,7 @@ class Loop:
         metrics = rollout_metrics(seen, taken, self._step)
         metrics["prompts_retired"] = float(self._curriculum.retired)
         metrics["window"] = float(self._windows.limit)
+        metrics |= self._problems.metrics()
         self._watched = metrics
         if len(rates) > 1:
             metrics |= {f"pass/{task}": rate for task, rate in rates.items()}
