@@ -7,7 +7,7 @@ SEED := 0
 GPU_PYTHON := python3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-test lint types wheel-check clean
+.PHONY: help demo test test-slow gpu-test lint types wheel-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -16,7 +16,10 @@ demo: .venv/.stamp ## Train and reinforce a tiny M1 into runs/demo-SEED (make de
 	$(BIN)/python -m train.demo --workdir=runs/demo-$(SEED) --seed=$(SEED)
 
 test: .venv/.stamp ## Run the tests (CPU)
-	$(BIN)/python -m pytest -n 2 --dist loadscope tests
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow" tests
+
+test-slow: .venv/.stamp ## Compile for TPUs ahead; kill and resume jobs of several processes
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m slow tests
 
 # With the machine's own Python, which has a JAX for its GPU; pytest-xdist shares the compiling.
 gpu-test: ## Run the kernels' tests on a Hopper GPU (make gpu-test GPU_PYTHON=python3)

@@ -206,7 +206,11 @@ class TestPattern010(Suite):
         table = Table(model.cfg, "hf")
         arrays = {name: np.asarray(v.get_value()) for name, v in by_name(grads).items()}
         released = {
-            key: table.export(key, lambda param, place: arrays[param][place])
+            key: table.export(
+                key,
+                range(table.of_key(key)[0].view.lead),
+                lambda param, index: arrays[param][index],
+            )
             for key in table.tensors
         }
         assert set(released) == set(golden_run["grad.names"])

@@ -11,7 +11,10 @@ from kernels_pallas.grouped_matmul.mosaic_tpu import (
 from kernels_pallas.grouped_matmul.shapes import EXPERTS, FFN, WIDTH
 from tests.tpu_aot.test_lightning_aot import LIBRARY, _compile
 
-pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="libtpu is for x86-64 Linux alone")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not LIBRARY.exists(), reason="libtpu is for x86-64 Linux alone"),
+]
 
 # Rows and experts of one device: Text-01's share under expert parallelism, and all of it. Compiled
 # once each, since a chip takes seconds; the kernels differ between chips by little.

@@ -15,7 +15,10 @@ from kernels_pallas.lightning_attention.mosaic_tpu import lightning_attention_mo
 from kernels_pallas.lightning_attention.step_mosaic_tpu import lightning_attention_step_mosaic_tpu
 
 LIBRARY = Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"
-pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="libtpu is for x86-64 Linux alone")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not LIBRARY.exists(), reason="libtpu is for x86-64 Linux alone"),
+]
 
 DIM = 128
 # Topology, and GiB of HBM for one of its devices.

@@ -7,7 +7,10 @@ from mmjax.plan import parse_topology
 from mmjax.plan.ahead import described_devices, find_compiler
 from mmjax.sharding import ShardingError, make_mesh
 
-pytestmark = pytest.mark.skipif(find_compiler() is None, reason="libtpu is for x86-64 Linux alone")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_compiler() is None, reason="libtpu is for x86-64 Linux alone"),
+]
 
 
 def test_the_expert_axis_is_a_line_of_the_torus():

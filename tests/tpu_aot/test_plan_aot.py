@@ -9,7 +9,10 @@ from mmjax.config import ModelConfig
 from mmjax.plan import Job, PlanError, counts, estimate, parse_topology
 from mmjax.plan.ahead import compile_ahead, find_compiler
 
-pytestmark = pytest.mark.skipif(find_compiler() is None, reason="libtpu is for x86-64 Linux alone")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_compiler() is None, reason="libtpu is for x86-64 Linux alone"),
+]
 
 SMALL = ModelConfig.tiny(
     hidden_size=256,

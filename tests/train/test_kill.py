@@ -4,7 +4,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.train.test_resume import ROOT, untimed
+
+pytestmark = pytest.mark.slow
 
 
 def test_twenty_kills_in_a_row_change_nothing(tmp_path):

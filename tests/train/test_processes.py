@@ -16,6 +16,8 @@ from tests.train.test_resume import MODEL, ROOT, last_checkpoint, lines
 from train import distributed
 from train.data.packing import Example, packed_batches
 
+pytestmark = pytest.mark.slow
+
 STEPS = 14
 
 
