@@ -15,14 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import dispatch
-from kernels_pallas.numerics import einsum32
+from kernels_pallas.numerics import OnlineSoftmax, begin_softmax, einsum32, extend_softmax
 
 # Tokens of a row that are read at a time: what stays in a CPU's caches; elsewhere enough to keep
 # the memory busy, and for one query as many as there are, up to SPAN_TOKENS of all rows together.
 CPU_SPAN, SPAN, SPAN_TOKENS = 256, 4096, 1 << 18
 # Queries of a row whose scores are held at a time.
 CPU_QUERY_BLOCK, QUERY_BLOCK = 512, 1024
-_MASKED = -1e30
 
 # Keys and values [B, n, G, page size, K] of the n pages of span j.
 type _Read = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
@@ -69,24 +68,15 @@ def _attend(q: jax.Array, place: jax.Array, *, read: _Read, span: int, only: boo
     """
     scale = q.shape[-1] ** -0.5
 
-    def step(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        top, total, acc = carry
+    def step(j: jax.Array, carry: OnlineSoftmax) -> OnlineSoftmax:
         k, v = read(j)
         key = j * span + jnp.arange(span, dtype=jnp.int32)
         mask = (key[None, None] <= place[:, :, None])[:, None, None]
-        scores = jnp.where(mask, _scores(q, k) * scale, _MASKED)
-        new_top = jnp.maximum(top, scores.max(-1))
-        weights = jnp.where(mask, jnp.exp(scores - new_top[..., None]), 0)
-        shrink = jnp.exp(top - new_top)
-        acc = acc * shrink[..., None] + _weigh(weights, v)
-        return new_top, total * shrink + weights.sum(-1), acc
+        return extend_softmax(
+            carry, _scores(q, k) * scale, mask, lambda weights: _weigh(weights, v)
+        )
 
-    rows = q.shape[:-1]
-    start = (
-        jnp.full(rows, _MASKED, jnp.float32),
-        jnp.zeros(rows, jnp.float32),
-        jnp.zeros(q.shape, jnp.float32),
-    )
+    start = begin_softmax(q.shape)
     if only:
         _, total, acc = step(jnp.zeros((), jnp.int32), start)
     else:

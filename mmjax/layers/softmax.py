@@ -19,12 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas.numerics import einsum32
+from kernels_pallas.numerics import (
+    MASKED,
+    OnlineSoftmax,
+    begin_softmax,
+    einsum32,
+    extend_softmax,
+    masked_exp,
+)
 
 # Up to this many scores a head and row the dense form is faster and its memory harmless.
 DENSE_SCORES = 1 << 19
 BLOCK = 512
-_MASKED = -1e30
 
 
 class Visibility(NamedTuple):
@@ -84,7 +90,7 @@ def _visible(sees: Visibility, first_key: jax.Array | int, keys: int) -> jax.Arr
 def _dense(q: jax.Array, k: jax.Array, v: jax.Array, sees: Visibility, scale: float) -> jax.Array:
     mask = _visible(sees, 0, k.shape[2])[:, None, None]
     scores = _scaled(einsum32("bgrtk,bgsk->bgrts", q, k, q.dtype), scale)
-    scores = jnp.where(mask, scores, _MASKED)
+    scores = jnp.where(mask, scores, MASKED)
     top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     weights = jnp.where(mask, jnp.exp(scores - top), 0)
     total = weights.sum(-1, keepdims=True)
@@ -113,25 +119,12 @@ def _blocked_forward(
     def block(_: None, x: tuple[jax.Array, Visibility]) -> tuple[None, tuple[jax.Array, ...]]:
         q_i, sees_i = x
 
-        def step(j: jax.Array, carry: _Arrays, masked: bool) -> _Arrays:
-            top, total, acc = carry
+        def step(j: jax.Array, carry: OnlineSoftmax, masked: bool) -> OnlineSoftmax:
             k_j, v_j, mask = keys.read(j, sees_i, masked)
-            scores = _scores(q_i, k_j, scale)
-            if mask is not None:
-                scores = jnp.where(mask, scores, _MASKED)
-            new_top = jnp.maximum(top, scores.max(-1))
-            weights = _masked_exp(scores, new_top, mask)
-            shrink = jnp.exp(top - new_top)
-            acc = acc * shrink[..., None] + einsum32("pqs,psk->pqk", weights, v_j, v.dtype)
-            return new_top, total * shrink + weights.sum(-1), acc
+            weigh = partial(einsum32, "pqs,psk->pqk", b=v_j, dtype=v.dtype)
+            return extend_softmax(carry, _scores(q_i, k_j, scale), mask, weigh)
 
-        rows = q_i.shape[:-1]
-        start = (
-            jnp.full(rows, _MASKED, jnp.float32),
-            jnp.zeros(rows, jnp.float32),
-            jnp.zeros(q_i.shape, jnp.float32),
-        )
-        top, total, acc = keys.loop(sees_i, step, start)
+        top, total, acc = keys.loop(sees_i, step, begin_softmax(q_i.shape))
         total = jnp.where(total > 0, total, 1)
         return None, (acc / total[..., None], top + jnp.log(total))
 
@@ -157,7 +150,7 @@ def _blocked_backward(
         def step(j: jax.Array, carry: _Arrays, masked: bool) -> _Arrays:
             d_q, d_k, d_v = carry
             k_j, v_j, mask = keys.read(j, sees_i, masked)
-            weights = _masked_exp(_scores(q_i, k_j, scale), lse_i, mask)
+            weights = masked_exp(_scores(q_i, k_j, scale), lse_i, mask)
             d_weights = einsum32("pqk,psk->pqs", d_out_i, v_j, v.dtype)
             d_scores = _scaled(weights * (d_weights - correction_i), scale)
             d_q += einsum32("pqs,psk->pqk", d_scores, k_j, q.dtype)
@@ -184,7 +177,7 @@ def _blocked_backward(
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
 
-type _Arrays = tuple[jax.Array, ...]
+type _Arrays = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def _scores(q: jax.Array, k: jax.Array, scale: float) -> jax.Array:
@@ -193,12 +186,6 @@ def _scores(q: jax.Array, k: jax.Array, scale: float) -> jax.Array:
 
 def _scaled(scores: jax.Array, scale: float) -> jax.Array:
     return scores if scale == 1 else scores * scale
-
-
-def _masked_exp(scores: jax.Array, top: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """exp(scores - top) where visible, else 0. scores [P, Q, S], top [P, Q]."""
-    weights = jnp.exp(scores - top[..., None])
-    return weights if mask is None else jnp.where(mask, weights, 0)
 
 
 def _add_block(total: jax.Array, part: jax.Array, j: jax.Array) -> jax.Array:
