@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import grouped_matmul, grouped_swiglu
-from kernels_pallas.grouped_matmul import gains_by_align
+from kernels_pallas.grouped_matmul import LISTED_ROWS, gains_by_align, listed_ffn
 from kernels_pallas.numerics import einsum32
 from mmjax.layers.int8 import Int8Matrices
-from mmjax.layers.router import FEW_TOKENS
 
 # Rows that share one expert's matrix in the grouped product, at least and at most.
 MIN_BLOCK, MAX_BLOCK = 64, 512
@@ -47,7 +46,7 @@ def apply_experts(
     block = _block_size(tokens, visits, kernels)
     if block > 1 and tokens.shape[0] * experts <= _row_count(visits, experts, block):
         return _every_expert(tokens, share, expert, kernels)
-    if block == 1 and tokens.shape[0] <= FEW_TOKENS:
+    if block == 1 and tokens.shape[0] <= LISTED_ROWS:
         # XLA reads bytes in its products; the kernels would have them written out before.
         form = _every_expert if isinstance(kernels.w1, Int8Matrices) else _visited_experts
         return form(tokens, share, expert, kernels)
@@ -104,30 +103,30 @@ def _visited_experts(
     """All tokens through every expert that one of them visits: few as they are, they fit the one
     tile of rows that a kernel multiplies with an expert anyway, and nothing has to be sorted.
     """
-    count = tokens.shape[0]
-    weight, place = _weights_by_turn(share, expert, kernels.w1.shape[0])
-    groups = weight.shape[0]
-    sizes = jnp.where(place >= 0, count, 0)
-    rows = jnp.broadcast_to(tokens[None], (groups, *tokens.shape)).reshape(groups * count, -1)
-    out = _ffn(rows, sizes, kernels, 1).reshape(groups, count, -1)
+    weight, turns = _turns(share, expert, kernels.w1.shape[0])
+    w1, w3, w2 = (w.astype(tokens.dtype) for w in kernels)
+    out = listed_ffn(tokens, w1, w3, w2, turns)
     return (weight[:, :, None] * out.astype(jnp.float32)).sum(0).astype(tokens.dtype)
 
 
-def _weights_by_turn(
-    share: jax.Array, expert: jax.Array, experts: int
-) -> tuple[jax.Array, jax.Array]:
-    """float32 weight [min(E, N k), N] of the visited experts' outputs, expert after expert, and
-    place [E] of each among them, -1 for one that nobody visits.
+def _turns(share: jax.Array, expert: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+    """The visited experts [T], T = min(E, N k), E for none; and the float32 weight [T, N] of the
+    output of each.
     """
+    if expert.shape[0] == 1:
+        return share.T.astype(jnp.float32), expert[0]
     index = jnp.arange(experts, dtype=expert.dtype)
     chosen = expert[:, :, None] == index[None, None]  # [N, k, E]
     weight = jnp.where(chosen, share[:, :, None].astype(jnp.float32), 0).sum(1)  # [N, E]
     visited = chosen.any((0, 1))
     # A sum through a mask, where a cumsum and a scatter are a chain of kernels.
     before = (visited[None] & (index[None] < index[:, None])).sum(1, dtype=jnp.int32)
-    place = jnp.where(visited, before, -1)
     turn = jnp.arange(min(experts, expert.size), dtype=jnp.int32)
-    return jnp.where(turn[:, None, None] == place[None, None], weight[None], 0).sum(2), place
+    at_turn = visited[None] & (turn[:, None] == before[None])  # [T, E]
+    # 0 where no expert is left, hence one more.
+    turns = jnp.where(at_turn, index[None] + 1, 0).sum(1, dtype=jnp.int32) - 1
+    turns = jnp.where(turns < 0, experts, turns)
+    return jnp.where(at_turn[:, None], weight[None], 0).sum(2), turns
 
 
 def _block_size(tokens: jax.Array, visits: int, kernels: Weights) -> int:

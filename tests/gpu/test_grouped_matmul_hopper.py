@@ -23,6 +23,12 @@ class TestMosaicGpu(suites.Suite):
     dims: ClassVar = {"inner": 320, "columns": 192}
 
 
+class TestListedMosaicGpu(suites.ListedSuite):
+    implementation = "mosaic_gpu"
+    dtype = "bfloat16"
+    dims: ClassVar = (320, 192)
+
+
 class TestMosaicGpuWholeTiles(TestMosaicGpu):
     """The blocks of many rows, which the suite's few would not take by themselves."""
 
