@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas.numerics import einsum32
+from kernels_pallas.numerics import einsum32, product
 
 # Up to this many scores a head and row the dense form is faster and its memory harmless.
 DENSE_SCORES = 1 << 19
@@ -136,7 +136,7 @@ def _blocked_forward(
         return None, (acc / total[..., None], top + jnp.log(total))
 
     _, (out, lse) = jax.lax.scan(block, None, (_split_queries(q), _split_visibility(sees)))
-    out = _join_queries(out, q.shape)
+    out, lse = product(_join_queries(out, q.shape)), product(lse)
     return out, (q, k, v, sees, out, lse)
 
 
