@@ -239,7 +239,9 @@ class Decoder(nnx.Module):
 
 def _keep_products(primitive: Any, *args: Any, **params: Any) -> bool:
     named = jax.checkpoint_policies.save_only_these_names(PRODUCT)
-    return str(primitive).startswith(FUSED_ATTENTION) or named(primitive, *args, **params)
+    # A sort is no product, but small results of a slow one are worth as much.
+    kept = str(primitive).startswith((FUSED_ATTENTION, "top_k"))
+    return kept or bool(named(primitive, *args, **params))
 
 
 _POLICIES = {"products": _keep_products}
