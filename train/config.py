@@ -46,6 +46,12 @@ class OptimizerConfig:
       final_ratio: Final rate over peak.
       b1, b2, eps, weight_decay: AdamW's. M1 found gradients of 1e-18 to 1e-5, hence eps 1e-15.
       clip_norm: Largest global gradient norm; 0 for no clipping.
+      moments: dtype in which AdamW's moments are kept, "float32" or "bfloat16"; empty for that of
+        the parameters.
+      rounding: How bfloat16 parameters take updates below their last bit: "nearest" loses them,
+        "master" keeps a float32 copy that does not, "stochastic" rounds up or down by chance.
+      microbatches: Parts of a batch that go through the model one after the other.
+      z_loss: Coefficient of the squared logsumexp of the logits; 0 for none.
       frozen: Patterns of parameters that stay as they are: ("vision.*",) for the vision tower and
         its projector, which jobs without pictures never train.
 
@@ -62,6 +68,10 @@ class OptimizerConfig:
     eps: float = 1e-15
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    moments: str = ""
+    rounding: str = "nearest"
+    microbatches: int = 1
+    z_loss: float = 0.0
     frozen: tuple[str, ...] = ()
 
 
@@ -157,7 +167,8 @@ class JobConfig:
       init_from: Model folder or workdir whose parameters (and tokenizer) the job starts from.
       activations: dtype of the activations where parameters that init_from names are of another;
         empty for theirs.
-      remat: What the backward pass recomputes, see `mmjax.Decoder`: "super_block", "layer", "none".
+      remat: What the backward pass recomputes, see `mmjax.Decoder`: "super_block", "layer",
+        "products", "none".
       mesh: Size of each mesh axis; empty puts all devices on `data`.
       sharding: Where parameters lie otherwise than by default: logical axes to mesh axes, and under
         `tensors` single parameters, see `ShardingRules.from_values`.
@@ -322,6 +333,8 @@ def _check(job: JobConfig) -> None:
         "activations": (job.activations, ("", "float32", "bfloat16")),
         "data.source": (job.data.source, ("text", "reasoning", "pictures")),
         "optimizer.decay": (job.optimizer.decay, ("constant", "cosine", "linear", "exponential")),
+        "optimizer.moments": (job.optimizer.moments, ("", "float32", "bfloat16")),
+        "optimizer.rounding": (job.optimizer.rounding, ("nearest", "master", "stochastic")),
         "cispo.algorithm": (job.cispo.algorithm, tuple(ALGORITHMS)),
         "cispo.anchor": (job.cispo.anchor, ("behaviour", "proximal")),
         "cispo.normaliser": (job.cispo.normaliser, ("", *NORMALISERS)),
@@ -333,6 +346,7 @@ def _check(job: JobConfig) -> None:
             problems.append(f"{name} = {value!r}; known: {', '.join(map(repr, known))}")
     positive = {
         "steps": job.steps,
+        "optimizer.microbatches": job.optimizer.microbatches,
         "data.batch_size": job.data.batch_size,
         "data.sequence_length": job.data.sequence_length,
         "data.streams": job.data.streams,

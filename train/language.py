@@ -14,7 +14,16 @@ def fit(job: Job, data: Streams) -> Job:
     """Predicts next tokens of packed batches until the job's last step."""
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Scalars]:
-        return language_step(job.graphdef, job.optimizer, state, job.put(batch), job.frozen)
+        cfg = job.cfg.optimizer
+        return language_step(
+            job.graphdef,
+            job.optimizer,
+            state,
+            job.put(batch),
+            job.frozen,
+            cfg.microbatches,
+            cfg.z_loss,
+        )
 
     job.run(data, step)
     job.export()

@@ -15,7 +15,7 @@ from kernels_pallas.grouped_matmul import mosaic_gpu, mosaic_tpu
 from kernels_pallas.grouped_matmul.chunked import grouped_matmul_chunked
 from kernels_pallas.grouped_matmul.listed import listed_ffn_through
 from kernels_pallas.grouped_matmul.reference import grouped_matmul_reference
-from kernels_pallas.grouped_matmul.swiglu import swiglu_through
+from kernels_pallas.grouped_matmul.swiglu import swiglu_through, weighted
 
 type _Shaped = jax.Array | jax.ShapeDtypeStruct
 
@@ -75,19 +75,23 @@ def grouped_swiglu(
     w3: Float[Array, "E K N"],
     group_sizes: Int32[Array, " E"],
     *,
+    row_weights: Float[Array, "M 1"] | None = None,
     row_align: int = 1,
     implementation: str | None = None,
 ) -> Float[Array, "M N"]:
     """silu(lhs w1) (lhs w3), with the matrices of each contiguous group of rows.
 
-    Differentiable in lhs, w1 and w3. The kernels keep both products for the backward, in
-    lhs.dtype, and compute nothing twice; under `jax.checkpoint` they are computed again.
+    Differentiable in lhs, w1, w3 and row_weights. The kernels keep both products for the backward,
+    in lhs.dtype, and compute nothing twice; `jax.checkpoint` keeps them if its policy keeps what
+    `kernels_pallas.numerics.product` marks, and otherwise has them computed again.
 
     Args:
       lhs: Rows [M, K], group after group.
       w1: One matrix [K, N] for each of E groups, of the gate.
       w3: As w1, of what is gated.
       group_sizes: Rows of each group [E] int32, 0 allowed, sum <= M.
+      row_weights: What each row of the result is multiplied with [M, 1]; None for nothing. A sum
+        over experts weighted here needs none of their outputs for its gradient.
       row_align: As for `grouped_matmul`.
       implementation: As for `grouped_matmul`.
 
@@ -101,10 +105,16 @@ def grouped_swiglu(
     Source: GLU Variants Improve Transformer (arXiv 2002.05202), eq. 6, without its last product.
     """
     _check("grouped_swiglu", lhs, {"w1": w1, "w3": w3}, group_sizes, row_align)
+    if row_weights is not None and row_weights.shape != (lhs.shape[0], 1):
+        raise ValueError(
+            f"grouped_swiglu: row_weights {row_weights.shape} for {lhs.shape[0]} rows; "
+            "expected [M, 1]"
+        )
     target = dispatch.target(lhs, w1, w3)
 
     def on_tpu(*args: Any) -> jax.Array:
-        return mosaic_tpu.grouped_swiglu_mosaic_tpu(*args[:-1])
+        out = mosaic_tpu.grouped_swiglu_mosaic_tpu(*args[:-2])
+        return out if row_weights is None else weighted(out, row_weights)
 
     def on_gpu(*args: Any) -> jax.Array:
         passes = gpu_passes("swiglu", lhs, w1, target)
@@ -118,7 +128,7 @@ def grouped_swiglu(
         "reference": Candidate(swiglu_through(grouped_matmul_reference)),
     }
     run = dispatch.resolve("grouped_swiglu", implementation, candidates)
-    return run(lhs, w1, w3, group_sizes, row_align)
+    return run(lhs, w1, w3, group_sizes, row_weights, row_align)
 
 
 # Rows that `listed_ffn` takes: as many as a kernel multiplies with a matrix at least.
@@ -172,7 +182,7 @@ def listed_ffn(
 
     def through(product: Callable[..., Array]) -> Callable[..., Array]:
         aligned = functools.partial(product, row_align=1)
-        swiglu = functools.partial(swiglu_through(product), row_align=1)
+        swiglu = functools.partial(swiglu_through(product), row_weights=None, row_align=1)
         return listed_ffn_through(aligned, swiglu)
 
     candidates: dict[str, Candidate[Callable[..., Array]]] = {

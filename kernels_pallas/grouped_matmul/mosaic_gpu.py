@@ -25,8 +25,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.grouped_matmul.swiglu import gate, gate_gradients
+from kernels_pallas.grouped_matmul.swiglu import (
+    gate,
+    gate_gradients,
+    weight_gradients,
+    weighted,
+    weighted_gate,
+)
 from kernels_pallas.hopper import Ref, tiled
+from kernels_pallas.numerics import product
 
 type Scalar = Any  # The scalars inside a kernel have no public type.
 type _Shaped = jax.Array | jax.ShapeDtypeStruct
@@ -123,33 +130,51 @@ def _backward(
 grouped_matmul_mosaic_gpu.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def grouped_swiglu_mosaic_gpu(
-    lhs: jax.Array, w1: jax.Array, w3: jax.Array, group_sizes: jax.Array, passes: Passes
+    lhs: jax.Array,
+    w1: jax.Array,
+    w3: jax.Array,
+    group_sizes: jax.Array,
+    row_weights: jax.Array | None,
+    passes: Passes,
 ) -> jax.Array:
     """`grouped_swiglu` on Hopper; see the public function."""
     blocks, cores = passes.forward, passes.cores
-    return _grouped_rows([lhs], [w1, w3], group_sizes, blocks, cores, epilogue=_GATED)[0]
+    out = _grouped_rows([lhs], [w1, w3], group_sizes, blocks, cores, epilogue=_GATED)[0]
+    return out if row_weights is None else weighted(out, row_weights)
 
 
 def _swiglu_forward(
-    lhs: jax.Array, w1: jax.Array, w3: jax.Array, group_sizes: jax.Array, passes: Passes
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    lhs: jax.Array,
+    w1: jax.Array,
+    w3: jax.Array,
+    group_sizes: jax.Array,
+    row_weights: jax.Array | None,
+    passes: Passes,
+) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
+    # The gate of weighted rows is XLA's: under a policy that keeps products, the backward then
+    # computes it again from h1 and h3, where the kernel would have to multiply again.
+    epilogue = _PRODUCTS_AND_GATED if row_weights is None else _PRODUCTS
     blocks, cores = passes.forward, passes.cores
-    out, h1, h3 = _grouped_rows(
-        [lhs], [w1, w3], group_sizes, blocks, cores, epilogue=_GATED_AND_PRODUCTS
-    )
-    return out, (lhs, w1, w3, group_sizes, h1, h3)
+    h1, h3, *out = _grouped_rows([lhs], [w1, w3], group_sizes, blocks, cores, epilogue=epilogue)
+    h1, h3 = product(h1), product(h3)
+    residuals = (lhs, w1, w3, group_sizes, row_weights, h1, h3)
+    return out[0] if row_weights is None else weighted_gate(h1, h3, row_weights), residuals
 
 
 def _swiglu_backward(
-    passes: Passes, residuals: tuple[jax.Array, ...], d_out: jax.Array
-) -> tuple[jax.Array | np.ndarray, ...]:
-    lhs, w1, w3, sizes, h1, h3 = residuals
+    passes: Passes, residuals: tuple[Any, ...], d_out: jax.Array
+) -> tuple[jax.Array | np.ndarray | None, ...]:
+    lhs, w1, w3, sizes, row_weights, h1, h3 = residuals
+    d_weights = None
+    if row_weights is not None:
+        d_weights = weight_gradients(h1, h3, d_out).astype(row_weights.dtype)
+        d_out = weighted(d_out, row_weights)
     d_h = gate_gradients(h1, h3, d_out)
     [d_lhs] = _grouped_rows(d_h, [w1, w3], sizes, passes.d_lhs, passes.cores, transposed=True)
     d_w1, d_w3 = (_matrices_kernel(lhs, d, sizes, passes.d_rhs, passes.cores) for d in d_h)
-    return d_lhs, d_w1, d_w3, np.zeros(sizes.shape, jax.dtypes.float0)
+    return d_lhs, d_w1, d_w3, np.zeros(sizes.shape, jax.dtypes.float0), d_weights
 
 
 grouped_swiglu_mosaic_gpu.defvjp(_swiglu_forward, _swiglu_backward)
@@ -164,7 +189,8 @@ class _Epilogue(NamedTuple):
 
 _PRODUCT = _Epilogue()
 _GATED = _Epilogue(1, lambda h1, h3: (gate(h1, h3),))
-_GATED_AND_PRODUCTS = _Epilogue(3, lambda h1, h3: (gate(h1, h3), h1, h3))
+_PRODUCTS = _Epilogue(2, lambda h1, h3: (h1, h3))
+_PRODUCTS_AND_GATED = _Epilogue(3, lambda h1, h3: (h1, h3, gate(h1, h3)))
 
 
 class RowTiles(NamedTuple):

@@ -41,7 +41,7 @@ class TestMosaicGpuWholeTiles(TestMosaicGpu):
 
     @classmethod
     def swiglu(cls, lhs, w1, w3, sizes, row_align):
-        return mosaic_gpu.grouped_swiglu_mosaic_gpu(lhs, w1, w3, sizes, cls.passes)
+        return mosaic_gpu.grouped_swiglu_mosaic_gpu(lhs, w1, w3, sizes, None, cls.passes)
 
 
 @pytest.mark.parametrize("what", ["forward", "d_lhs", "d_rhs"])

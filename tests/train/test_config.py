@@ -143,7 +143,7 @@ def test_what_has_no_default_must_be_set(missing):
         ("data__source", "'text', 'reasoning'"),
         ("optimizer__decay", "'constant', 'cosine', 'linear', 'exponential'"),
         ("checkpoint__export", "'', 'hf', 'hf-native'"),
-        ("remat", "'super_block', 'layer', 'none'"),
+        ("remat", "'super_block', 'layer', 'products', 'none'"),
         ("model__preset", "tiny, minimax_text_01, minimax_m1, minimax_vl_01"),
     ],
 )
