@@ -19,6 +19,7 @@ from mmjax.config import ConfigError, ModelConfig
 from mmjax.model import REMAT
 from mmjax.sharding import DEFAULT_RULES, ShardingError, ShardingRules
 from mmjax.vision import VisionConfig
+from train import stages
 from train.cispo_config import (
     ALGORITHMS,
     NORMALISERS,
@@ -75,6 +76,35 @@ class OptimizerConfig:
     frozen: tuple[str, ...] = ()
 
 
+FORMATS = ("", "jsonl", "text", "parquet", "arrayrecord", "datasets", "stdlib")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One source of a mixture; docs/data.md describes the formats.
+
+    Attributes:
+      name: By which metrics and checkpoints know it.
+      paths: Files or folders, or glob patterns of them; none for "stdlib".
+      format: "jsonl", "text", "parquet", "arrayrecord", "datasets" (a folder of `save_to_disk`),
+        "stdlib" (the source of Python's standard library), or "" to go by each path's suffix.
+      weight: Share of the tokens, over the sum of all sources' weights; 0 rests.
+      kind: "text", all of which is predicted, or "chat", of which the assistant's turns are.
+      field: Of a row; empty for "text", or "messages" of a chat.
+      thinking: Of chats: "keep" or "drop" the assistant's.
+      encoding: Of text and JSONL files that do not start with a byte order mark.
+    """
+
+    name: str
+    paths: tuple[str, ...] = ()
+    format: str = ""
+    weight: float = 1.0
+    kind: str = "text"
+    field: str = ""
+    thinking: str = "keep"
+    encoding: str = "utf-8"
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What a pretrain or sft job reads.
@@ -99,6 +129,7 @@ class DataConfig:
     """
 
     source: str = "text"
+    mixture: tuple[SourceConfig, ...] = ()
     paths: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     size: int = 20000
@@ -161,7 +192,8 @@ class JobConfig:
 
     Attributes:
       task: "pretrain", "sft" or "cispo".
-      steps: Updates; for cispo, rollout batches.
+      steps: Updates; for cispo, rollout batches. With stages they say it.
+      stages: Of the job one after the other; empty for one with the job's own settings.
       seed: Of everything random: initial weights, data order, sampling.
       model: Architecture; its vocab_size is raised to the tokenizer's.
       init_from: Model folder or workdir whose parameters (and tokenizer) the job starts from.
@@ -185,6 +217,7 @@ class JobConfig:
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
     sharding: ShardingRules = DEFAULT_RULES
     log_every: int = 1
+    stages: tuple[stages.StageConfig, ...] = ()
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     cispo: CispoConfig = dataclasses.field(default_factory=CispoConfig)
@@ -234,6 +267,10 @@ def build(config: ConfigDict) -> JobConfig:
     sharding = _sharding(_section(raw, "sharding", problems), problems)
     job = _typed_fields(JobConfig, raw, "", problems, skip=set(_OTHER_SECTIONS) | set(SECTIONS))
     built = _model(model, problems)
+    if job.get("stages"):
+        found = stages.total_steps(job["stages"], values["data"])
+        if job.setdefault("steps", found) != found:
+            problems.append(f"steps = {job['steps']}, but the stages have {found}; leave steps out")
     for name in ("task", "steps"):
         if name not in job:
             problems.append(f"{name} is not set")
@@ -294,7 +331,11 @@ def _typed_fields(
         if key not in hints:
             problems.append(f"unknown key {prefix}{key}{_nearest(key, prefix, hints)}")
             continue
-        cast, ok = _coerce(value, hints[key])
+        try:
+            cast, ok = _coerce(value, hints[key])
+        except ConfigError as error:
+            problems.append(f"{prefix}{key}: {error}")
+            continue
         if not ok:
             name = getattr(hints[key], "__name__", str(hints[key]))
             problems.append(f"{prefix}{key} = {value!r} is no {name}")
@@ -316,13 +357,48 @@ def _coerce(value: Any, hint: Any) -> tuple[Any, bool]:
     for option in options:
         if typing.get_origin(option) is tuple:
             item = typing.get_args(option)[0]
-            ok = isinstance(value, list | tuple) and all(isinstance(v, item) for v in value)
-            return tuple(value) if ok else value, ok
+            if not isinstance(value, list | tuple):
+                return value, False
+            items = [_coerce(v, item) for v in value]
+            return tuple(v for v, _ in items), all(ok for _, ok in items)
+        if dataclasses.is_dataclass(option):
+            return _coerce_section(value, typing.cast(type, option))
+        if typing.get_origin(option) is Mapping:
+            return _coerce_weights(value)
     if float in options and isinstance(value, int) and not isinstance(value, bool):
         return float(value), True
     if isinstance(value, bool):
         return value, bool in options
     return value, isinstance(value, options)
+
+
+def _coerce_section(value: Any, section: type) -> tuple[Any, bool]:
+    """An item of a tuple of sections.
+
+    Raises:
+      ConfigError: it has unknown keys, lacks one, or has a value of a wrong type.
+    """
+    if isinstance(value, ConfigDict):
+        value = value.to_dict()
+    if not isinstance(value, Mapping):
+        return value, False
+    problems: list[str] = []
+    typed = _typed_fields(section, dict(value), "its ", problems)
+    for field in dataclasses.fields(section):
+        needed = dataclasses.MISSING is field.default is field.default_factory
+        if needed and field.name not in value:
+            problems.append(f"{field.name} is not set in {value!r}")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return section(**typed), True
+
+
+def _coerce_weights(value: Any) -> tuple[Any, bool]:
+    """A mapping of names to numbers, as floats."""
+    if not isinstance(value, Mapping):
+        return value, False
+    ok = all(isinstance(x, int | float) and not isinstance(x, bool) for x in value.values())
+    return {k: float(x) for k, x in value.items()} if ok else value, ok
 
 
 def _check(job: JobConfig) -> None:
@@ -332,7 +408,7 @@ def _check(job: JobConfig) -> None:
         "remat": (job.remat, REMAT),
         "activations": (job.activations, ("", "float32", "bfloat16")),
         "data.source": (job.data.source, ("text", "reasoning", "pictures")),
-        "optimizer.decay": (job.optimizer.decay, ("constant", "cosine", "linear", "exponential")),
+        "optimizer.decay": (job.optimizer.decay, stages.DECAYS),
         "optimizer.moments": (job.optimizer.moments, ("", "float32", "bfloat16")),
         "optimizer.rounding": (job.optimizer.rounding, ("nearest", "master", "stochastic")),
         "cispo.algorithm": (job.cispo.algorithm, tuple(ALGORITHMS)),
@@ -372,13 +448,11 @@ def _check(job: JobConfig) -> None:
         "alerts.patience": job.alerts.patience,
     }
     problems += [f"{n} must be positive, got {v}" for n, v in positive.items() if not v > 0]
+    problems += stages.problems(job)
+    if not problems:
+        problems += stages.division_problems(job)
     if job.task == "cispo" and not problems:
         problems += contradictions(job.cispo, job.sampling, job.asynchronous)
-    if job.data.streams > 0 and job.data.batch_size % job.data.streams:
-        problems.append(
-            f"data.batch_size {job.data.batch_size} is no multiple of data.streams "
-            f"{job.data.streams}; every stream fills whole rows"
-        )
     if job.data.source == "pictures" and (job.task != "sft" or len(job.data.paths) != 1):
         problems.append(
             f"data.source 'pictures' is for the task sft and one folder in data.paths, got task "

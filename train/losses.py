@@ -44,7 +44,7 @@ def token_logprobs(
         chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1)
 
-    chunks = _Chunks(*targets.shape, model.cfg.vocab_size)
+    chunks = _Chunks(targets.shape, model.cfg.vocab_size)
     # Checkpointed, the backward recomputes a chunk's logits instead of keeping them.
     body = jax.checkpoint(chunk) if chunks.many else chunk
     return chunks.join(jax.lax.map(body, (chunks.cut(hidden), chunks.cut(targets))))
@@ -87,7 +87,7 @@ def weighted_loss(
     z: float, hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> _Sums:
     """`head_loss` of a head's matrix [D, vocab]; only its first result has a gradient."""
-    chunks = _Chunks(*targets.shape, kernel.shape[1])
+    chunks = _Chunks(targets.shape, kernel.shape[1])
 
     def chunk(sums: _Sums, x: tuple[jax.Array, ...]) -> tuple[_Sums, None]:
         h, target, w = x
@@ -101,7 +101,7 @@ def weighted_loss(
 def _weighted_loss_forward(
     z: float, hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[_Sums, Any]:
-    chunks = _Chunks(*targets.shape, kernel.shape[1])
+    chunks = _Chunks(targets.shape, kernel.shape[1])
     dtype = product_dtype(hidden, kernel)
 
     def chunk(
@@ -162,7 +162,8 @@ class _Chunks:
     device of `context` gives a stretch of its own part of the row.
     """
 
-    def __init__(self, batch: int, length: int, vocab: int) -> None:
+    def __init__(self, shape: tuple[int, ...], vocab: int) -> None:
+        batch, length = shape
         rows, self.stretches, size = _spread(batch, length, max(_POSITIONS, _LOGITS // vocab))
         self.shape, self.rows = (batch, length), rows
         self.length = batch * length // rows // self.stretches

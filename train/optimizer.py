@@ -14,23 +14,25 @@ import jax.numpy as jnp
 import optax
 
 from train.config import OptimizerConfig
+from train.stages import Stage, decay, staged_rate
 
 
-def learning_rate(cfg: OptimizerConfig, updates: int) -> optax.Schedule:
+def learning_rate(
+    cfg: OptimizerConfig, updates: int, stages: Sequence[Stage] = ()
+) -> optax.Schedule:
     """The rate at each update.
 
     Args:
       cfg: Warm-up, decay and peak.
       updates: Length of the job.
+      stages: Of the job, whose own rates and decays then hold.
     """
+    if stages:
+        return staged_rate(cfg, stages)
     left = cfg.decay_steps or max(updates - cfg.warmup_steps, 1)
-    peak, final = cfg.learning_rate, cfg.learning_rate * cfg.final_ratio
-    after = {
-        "constant": optax.constant_schedule(peak),
-        "cosine": optax.cosine_decay_schedule(peak, left, cfg.final_ratio),
-        "linear": optax.linear_schedule(peak, final, left),
-        "exponential": optax.exponential_decay(peak, left, cfg.final_ratio, end_value=final),
-    }[cfg.decay]
+    peak = cfg.learning_rate
+    final = peak if cfg.decay == "constant" else peak * cfg.final_ratio
+    after = decay(cfg.decay, peak, final, left)
     if not cfg.warmup_steps:
         return after
     warmup = optax.linear_schedule(peak / cfg.warmup_steps, peak, cfg.warmup_steps - 1)
@@ -53,7 +55,10 @@ def is_frozen(params: Any, frozen: Sequence[str]) -> Any:
 
 
 def make_optimizer(
-    cfg: OptimizerConfig, updates: int, frozen: Sequence[str] = ()
+    cfg: OptimizerConfig,
+    updates: int,
+    frozen: Sequence[str] = (),
+    stages: Sequence[Stage] = (),
 ) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW; norm scales and biases are not decayed.
 
@@ -64,6 +69,7 @@ def make_optimizer(
       cfg: AdamW's settings.
       updates: Length of the job.
       frozen: Patterns of parameters that stay as they are and take no moments.
+      stages: Of the job.
 
     Source: MiniMax-M1 report, section 3.2 (betas, eps).
     """
@@ -77,7 +83,7 @@ def make_optimizer(
     adamw = optax.chain(
         _scale_by_adam(cfg),
         optax.add_decayed_weights(cfg.weight_decay, decayed),
-        optax.scale_by_learning_rate(learning_rate(cfg, updates)),
+        optax.scale_by_learning_rate(learning_rate(cfg, updates, stages)),
     )
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
     trained = _ROUNDING[cfg.rounding](optax.chain(clip, adamw))
@@ -157,9 +163,9 @@ def _master(inner: optax.GradientTransformation) -> optax.GradientTransformation
 
 
 class StochasticState(NamedTuple):
-    """count: updates so far, of which the random bits follow; inner: state of the optimizer."""
+    """updates: so far, of which the random bits follow; inner: state of the optimizer."""
 
-    count: jax.Array
+    updates: jax.Array
     inner: Any
 
 
@@ -176,12 +182,12 @@ def _stochastic(inner: optax.GradientTransformation) -> optax.GradientTransforma
         updates, inner_state = inner.update(_wide(grads), state.inner, _wide(params))
         leaves, structure = jax.tree.flatten(params)
         moved = [
-            _float32(stochastic_round(_float32(p) + u, (state.count, n))) - _float32(p)
+            _float32(stochastic_round(_float32(p) + u, (state.updates, n))) - _float32(p)
             if p.dtype == jnp.bfloat16
             else u
             for n, (p, u) in enumerate(zip(leaves, jax.tree.leaves(updates), strict=True))
         ]
-        return jax.tree.unflatten(structure, moved), StochasticState(state.count + 1, inner_state)
+        return jax.tree.unflatten(structure, moved), StochasticState(state.updates + 1, inner_state)
 
     return optax.GradientTransformation(init, update)
 

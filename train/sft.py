@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from mmjax.tokenizer import Tokenizer
 from train import pictures
 from train.config import JobConfig
 from train.data.packing import Example
+from train.data.pipeline import make_stream
 from train.data.reasoning import (
     ReasoningProblems,
     prompt_text,
@@ -38,7 +40,17 @@ def run(cfg: JobConfig, workdir: Path) -> Job:
     texts = [prompt_text(p) + worked_solution(p) for p in problems]
     tokenizer = job_tokenizer(cfg, workdir, texts)
     job = Job(cfg, workdir, tokenizer, cfg.steps)
-    return fit(job, job.packed_batches(_examples(problems, tokenizer, cfg)))
+    return fit(job, partial(make_stream, tokenizer=tokenizer))
+
+
+def examples_of(cfg: JobConfig, tokenizer: Tokenizer) -> list[Example]:
+    """Problems with their solutions, of which some answer at once.
+
+    Raises:
+      ConfigError: a solution does not fit a row.
+    """
+    problems, _ = split_problems(cfg.data.tasks, cfg.data.size, cfg.cispo.eval_problems, cfg.seed)
+    return _examples(problems, tokenizer, cfg)
 
 
 def _examples(problems: ReasoningProblems, tokenizer: Tokenizer, cfg: JobConfig) -> list[Example]:
