@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from train.data.streams import Streams
+from train.evaluation.loop import with_evaluation
 from train.job import Job, Scalars
 from train.state import TrainState
 from train.step import language_step
@@ -16,6 +17,6 @@ def fit(job: Job, data: Streams) -> Job:
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Scalars]:
         return language_step(job.graphdef, job.optimizer, state, job.put(batch), job.frozen)
 
-    job.run(data, step)
+    job.run(data, with_evaluation(job, step))
     job.export()
     return job
