@@ -157,7 +157,7 @@ class EvaluationConfig:
       depths: Depths of the needle, evenly from the start of the haystack to its end.
       samples: Of a task at each length and depth.
       paths: Files of held-out text, or glob patterns, for the perplexity by position.
-      documents: Most documents of them, the longest.
+      rows: Stretches of them, each as long as the longest of the lengths where there are such.
     """
 
     every: int = 0
@@ -166,12 +166,12 @@ class EvaluationConfig:
     depths: int = 5
     samples: int = 8
     paths: tuple[str, ...] = ()
-    documents: int = 64
+    rows: int = 64
 
 
 def check_evaluation(cfg: EvaluationConfig) -> list[str]:
     """What is wrong with the values."""
-    numbers = {"depths": cfg.depths, "samples": cfg.samples, "documents": cfg.documents}
+    numbers = {"depths": cfg.depths, "samples": cfg.samples, "rows": cfg.rows}
     numbers |= {f"lengths[{i}]": length for i, length in enumerate(cfg.lengths)}
     wrong = [f"evaluation.{k} must be positive, got {v}" for k, v in numbers.items() if v < 1]
     if cfg.every < 0:

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--depths", type=int, default=5, help="depths of the needle (5)")
     parser.add_argument("--samples", type=int, default=10, help="samples a length and depth (10)")
     parser.add_argument("--text", action="append", default=[], help="files for the perplexity")
-    parser.add_argument("--documents", type=int, default=64, help="documents of them (64)")
+    parser.add_argument("--rows", type=int, default=64, help="stretches of them (64)")
     parser.add_argument("--plain", action="store_true", help="prompts without M1's chat form")
     parser.add_argument("--generate", action="store_true", help="let the engine write answers")
     parser.add_argument("--tokens", type=int, default=32768, help="computed at a time (32768)")
@@ -77,7 +77,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         depths=args.depths,
         samples=args.samples,
         paths=tuple(args.text),
-        documents=args.documents,
+        rows=args.rows,
     )
     problems = check_evaluation(cfg)
     if problems:

@@ -22,7 +22,7 @@ from train.state import TrainState
 
 type Step = Callable[[TrainState, Any], tuple[TrainState, Scalars]]
 # {"tasks": {task: {"lengths", "depths", "samples", "accuracy" [depth][length]}},
-#  "text": {"loss", "perplexity", "documents", "by_position": [{"from", "to", "loss", "tokens"}]}}
+#  "text": {"loss", "perplexity", "rows", "by_position": [{"from", "to", "loss", "tokens"}]}}
 type Result = dict[str, Any]
 
 FOLDER = "evaluation"
@@ -139,7 +139,7 @@ def by_position(logprobs: np.ndarray, segments: np.ndarray) -> dict[str, Any]:
     return {
         "loss": loss,
         "perplexity": math.exp(loss),
-        "documents": len(segments),
+        "rows": len(segments),
         "by_position": stretches,
     }
 

@@ -168,7 +168,7 @@ def generated_hits(
     engine = Engine(
         model, tokenizer, max_slots=min(slots, len(prompts)), max_length=longest, num_prefixes=0
     )
-    params = SamplingParams(max_tokens=limit, temperature=0)
+    params = SamplingParams(max_tokens=limit, temperature=0.0)
     shares = []
     for done, wanted in zip(engine.generate(prompts, params), values, strict=True):
         shares.append(np.mean([value.lower() in done.text.lower() for value in wanted]))

@@ -30,7 +30,7 @@ class Cell(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Rows of held-out text [N, T], each of one document, and their segments, 0 for padding."""
+    """Rows of held-out text [N, T], each a stretch of a document, and segments, 0 for padding."""
 
     tokens: np.ndarray
     segments: np.ndarray
@@ -73,15 +73,17 @@ class Suite:
         return frozenset(prompt_hash(s.text) for cell in self.cells for s in cell.samples)
 
     def _read(self) -> Texts:
-        """Documents from their start, as far as the longest of the lengths."""
+        """Stretches of documents, as long as the longest of the lengths where they can be."""
         length = max(self.cfg.lengths)
-        rows = [
-            [*self._tokenizer.encode(document), self._tokenizer.eos_id][:length]
-            for document in read_documents(self.cfg.paths)
-        ]
-        # Long ones first, as only they say anything of late positions.
-        rows = sorted((row for row in rows if len(row) > 1), key=len, reverse=True)
-        rows = rows[: self.cfg.documents]
+        rows = []
+        for document in read_documents(self.cfg.paths):
+            ids = [*self._tokenizer.encode(document), self._tokenizer.eos_id]
+            rows += [ids[i : i + length] for i in range(0, len(ids) - 1, length)]
+        # Long ones first, as only they say anything of late positions; spread over the documents.
+        whole = [row for row in rows if len(row) == length]
+        rows = whole or sorted(rows, key=len, reverse=True)
+        every = max(len(whole) // self.cfg.rows, 1)
+        rows = rows[::every][: self.cfg.rows]
         if not rows:
             raise ConfigError(f"evaluation.paths: no text in {', '.join(self.cfg.paths)}")
         tokens = np.zeros((len(rows), length), np.int32)

@@ -14,7 +14,7 @@ import functools
 import inspect
 import itertools
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,7 +133,8 @@ def niah(
     for needle in loose:
         hay.insert(rng.randint(0, len(hay)), needle)
     depths = [draw.where(), *(rng.random() for _ in needles[1:])]
-    return frame.sample(_insert(draw, hay, needles, depths), _flat(asked), depths[0])
+    hay = _insert(draw, hay, needles, depths)
+    return frame.sample(_joined(hay), _flat(asked), depths[0])
 
 
 def _needle(name: str, value: str) -> list[str]:
@@ -235,8 +236,8 @@ def variable_tracking(draw: Draw, *, chains: int = 1, hops: int = 4, digits: int
     for chain in reversed(steps):  # The chain that is asked for last: its depth is the wanted one.
         start = first if chain is steps[0] else draw.rng.random()
         depths = sorted(start + (1 - start) * draw.rng.random() for _ in chain[1:])
-        hay = [[piece] for piece in _insert(draw, hay, chain, [start, *depths])]
-    return frame.sample(list(itertools.chain(*hay)), tuple(asked), first)
+        hay = _insert(draw, hay, chain, [start, *depths])
+    return frame.sample(_joined(hay), tuple(asked), first)
 
 
 def _assignments(chain: Sequence[str], value: str) -> list[list[str]]:
@@ -272,7 +273,7 @@ def common_words(draw: Draw, *, common: int = 10, often: int = 30, seldom: int =
         raise TooShortError(f"common_words(common={common}, often={often}) does not fit")
     words = wanted * often + rest[:others] * seldom
     draw.rng.shuffle(words)
-    hay = list(itertools.chain(*([f" {i}.", f" {word}"] for i, word in enumerate(words, 1))))
+    hay = _joined([f" {i}.", f" {word}"] for i, word in enumerate(words, 1))
     order = sorted(wanted, key=words.index)
     frame = frame._replace(answer=[*_separated([f" {word}" for word in order], ","), "."])
     return frame.sample(hay, tuple(order), 0.0)
@@ -298,7 +299,7 @@ def frequent_words(draw: Draw, *, top: int = 3, alpha: float = 2.0) -> Sample:
     counts = frame.left / draw.count(f" {names[0]}") * weights / weights.sum()
     if counts[top - 1] - counts[top] < 1:
         raise TooShortError(f"frequent_words(top={top}) does not fit the length")
-    words = list(itertools.chain(*([w] * int(n) for w, n in zip(names, counts, strict=True))))
+    words = _joined([word] * int(n) for word, n in zip(names, counts, strict=True))
     draw.rng.shuffle(words)
     return frame.sample([f" {word}" for word in words], tuple(names[:top]), 0.0)
 
@@ -319,14 +320,15 @@ def multi_round(draw: Draw) -> Sample:
     same = [_round(draw, other, subject), _round(draw, form, next(rest))]
     last = _user(["Repeat", f" the {form}", " about", f" {subject}", "."])
     answer = [needle[-2], EOS]
-    left = draw.length - draw.total([*needle, *itertools.chain(*same), *last, *answer])
+    left = draw.length - draw.total([*needle, *_joined(same), *last, *answer])
     hay = []
     while (left := left - draw.total(filler := _filler(draw, rest))) >= 0:
         hay.append(filler)
     for round_ in same:
         hay.insert(rng.randint(0, len(hay)), round_)
     depth = draw.where()
-    return Sample([*_insert(draw, hay, [needle], [depth]), *last], answer, (needle[-2],), depth)
+    rounds = _insert(draw, hay, [needle], [depth])
+    return Sample([*_joined(rounds), *last], answer, (needle[-2],), depth)
 
 
 def _filler(draw: Draw, subjects: Iterator[str]) -> list[str]:
@@ -390,25 +392,23 @@ def _fill(draw: Draw, left: int, make: Callable[[], str]) -> list[str]:
 
 
 def _insert(
-    draw: Draw,
-    hay: Sequence[Sequence[str]],
-    needles: Sequence[Sequence[str]],
-    depths: Sequence[float],
-) -> list[str]:
-    """The haystack's pieces with needles between its parts, each at its share of the tokens."""
+    draw: Draw, hay: Sequence[list[str]], needles: Sequence[list[str]], depths: Sequence[float]
+) -> list[list[str]]:
+    """The haystack's parts with needles between them, each at its share of the tokens."""
     ends = list(itertools.accumulate(draw.total(part) for part in hay))
-    total = ends[-1] if ends else 0
-    places = [bisect.bisect_left(ends, depth * total) for depth in depths]
-    # A part that straddles the place goes before the needle; all before the start, none.
-    order = sorted(range(len(needles)), key=lambda i: (places[i], i))
-    pieces: list[str] = []
-    done = 0
-    for i in order:
-        stop = min(places[i] + (depths[i] > 0), len(hay))
-        pieces += itertools.chain(*hay[done : max(stop, done)])
-        pieces += needles[i]
-        done = max(stop, done)
-    return [*pieces, *itertools.chain(*hay[done:])]
+    # A part that straddles the place goes before the needle; none does at depth 0.
+    places = [
+        min(bisect.bisect_left(ends, depth * ends[-1]) + (depth > 0), len(hay)) if hay else 0
+        for depth in depths
+    ]
+    parts = list(hay)
+    for i in sorted(range(len(needles)), key=lambda i: (places[i], i), reverse=True):
+        parts.insert(places[i], needles[i])
+    return parts
+
+
+def _joined(parts: Iterable[list[str]]) -> list[str]:
+    return list(itertools.chain.from_iterable(parts))
 
 
 _GENERATORS: Mapping[str, Generator] = {
