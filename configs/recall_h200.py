@@ -57,10 +57,13 @@ def get_config(kind: str = "hybrid") -> ConfigDict:
             "data": {
                 "source": "recall",
                 "tasks": (
+                    # Most of what there is to learn from: a value every eleven tokens.
+                    "associative_recall",
+                    "associative_recall",
                     "niah(digits=3)",
+                    "niah(haystack='needles', digits=3)",
                     "niah(keys=8, queries=8, digits=3)",
                     "niah(keys=8, queries=8, haystack='needles', digits=3)",
-                    "niah(haystack='needles', digits=3)",
                     "multi_round",
                     "variable_tracking(chains=2, hops=2, digits=3)",
                 ),

@@ -21,6 +21,7 @@ TASKS = (
     "variable_tracking(chains=2, hops=2)",
     "common_words(common=3, often=6, seldom=2)",
     "frequent_words",
+    "associative_recall",
     "multi_round",
 )
 

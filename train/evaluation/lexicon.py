@@ -42,8 +42,8 @@ _FRAMES = (
     "of The some them track variables assigned value chain Question Find that names Answer "
     "According assignment above VAR variable s list words which appear more often than others "
     "memorize ones most common coded track frequency each word ignore dots three frequently "
-    "appeared Write write about Repeat repeat your answer to my request order their first "
-    "appearance they were by here there with was text from same user name ai assistant"
+    "appeared Write write about Repeat repeat numbers your answer to my request order their first "
+    "appearance they were by here there with was text from same user name ai assistant They"
 )
 
 

@@ -1,6 +1,6 @@
 """Synthetic long-context tasks: a seed and a wanted length in, a prompt with its answer out.
 
-Needles, variable tracking, common and frequent words follow RULER; the multi-round task follows
+Needles, variable tracking, common and frequent words follow RULER, the multi-round task follows
 MR-NIAH. All texts are our own. A sample is a list of pieces, each opening at a word border, so that
 a tokenizer which cuts there can encode them one by one and keep what it has seen.
 
@@ -208,6 +208,44 @@ def _more_needles(draw: Draw, left: int, number: Iterator[str], taken: set[str])
     return found
 
 
+def associative_recall(draw: Draw, *, digits: int = 3) -> Sample:
+    """As many pairs of a name and a number as fit, all of them asked for in another order.
+
+    To learn from, more than to be asked: an answer names a value every few tokens, where a needle's
+    is one token of a thousand.
+
+    Args:
+      draw: Randomness and length.
+      digits: Of a number.
+
+    Source: Arora et al. (arXiv 2312.04927), multi-query associative recall.
+    """
+    number = _numbers(draw.rng, digits)
+    head = ["Memorize the following numbers.\n"]
+
+    def frame(pairs: Sequence[tuple[str, str]]) -> _Frame:
+        ask = ["\nRepeat the numbers of", *_listed([f" {name}" for name, _ in pairs]), "."]
+        answer = _separated([[f" {name}", ":", f" {value}"] for name, value in pairs], ",")
+        return _Frame(draw, head, ask, [" They are:"], [*answer, "."])
+
+    pairs: list[tuple[str, str]] = []
+    left = frame([("", ""), ("", "")]).left
+    for name in draw.names(len(lexicon.NAMES)):
+        pair = (name, next(number))
+        said = [*_pair(*pair), ",", f" {name}", f" {name}", ":", f" {pair[1]}", ","]
+        left -= draw.total(said)
+        if left < 0 and pairs:
+            break
+        pairs.append(pair)
+    hay = _joined(_pair(*pair) for pair in pairs)
+    draw.rng.shuffle(pairs)
+    return frame(pairs).sample(hay, tuple(value for _, value in pairs), 0.0)
+
+
+def _pair(name: str, value: str) -> list[str]:
+    return [f" {name}", " is:", f" {value}", "."]
+
+
 def variable_tracking(draw: Draw, *, chains: int = 1, hops: int = 4, digits: int = 5) -> Sample:
     """`VAR A = 123.`, `VAR B = VAR A.`, ...: which variables hold 123?
 
@@ -413,6 +451,7 @@ def _joined(parts: Iterable[list[str]]) -> list[str]:
 
 _GENERATORS: Mapping[str, Generator] = {
     "niah": niah,
+    "associative_recall": associative_recall,
     "variable_tracking": variable_tracking,
     "common_words": common_words,
     "frequent_words": frequent_words,
@@ -488,7 +527,7 @@ class Task:
         self.text, self._generator, self._params = text, generator, params
         self._encoder, self._key, self._chat = encoder, f"{split}/{seed}", chat
         self._pool = _pool(self._key)
-        self.has_depth = name not in ("common_words", "frequent_words")
+        self.has_depth = name in ("niah", "variable_tracking", "multi_round")
 
     def sample(self, index: int, length: int, depth: float | None = None) -> Sample:
         """Sample `index`, of at most `length` tokens with its answer, and hardly fewer.
