@@ -110,11 +110,12 @@ class DataConfig:
     """What a pretrain or sft job reads.
 
     Attributes:
-      source: "text" (files of plain text or JSONL), "reasoning" (worked solutions of `tasks`), or
-        "pictures" (with captions, for sft).
+      source: "text" (files of plain text or JSONL), "reasoning" (worked solutions of `tasks`),
+        "pictures" (with captions, for sft), or "recall" (synthetic tasks, for sft).
       paths: For "text": files, or glob patterns. For "pictures": one folder, see
         `train.data.pictures`.
-      tasks: For "reasoning" and cispo: tasks as docs/rewards.md names them.
+      tasks: For "reasoning" and cispo: tasks as docs/rewards.md names them. For "recall": those of
+        docs/evaluation.md.
       size: For "reasoning": problems to draw from.
       direct_share: For "reasoning": share of the solutions that answer without thinking, so that
         reinforcement has to find out which way pays.
@@ -187,6 +188,39 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What a pretrain or sft job is asked on the way; docs/evaluation.md has the tasks.
+
+    Attributes:
+      every: Steps between evaluations, of which the last step has one too; 0 for none.
+      tasks: Synthetic tasks, such as "niah(keys=4)".
+      lengths: Tokens of a prompt with its answer; empty for data.sequence_length.
+      depths: Depths of the needle, evenly from the start of the haystack to its end.
+      samples: Of a task at each length and depth.
+      paths: Files of held-out text, or glob patterns, for the perplexity by position.
+      rows: Stretches of them, each as long as the longest of the lengths where there are such.
+    """
+
+    every: int = 0
+    tasks: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
+    depths: int = 5
+    samples: int = 8
+    paths: tuple[str, ...] = ()
+    rows: int = 64
+
+
+def check_evaluation(cfg: EvaluationConfig) -> list[str]:
+    """What is wrong with the values."""
+    numbers = {"depths": cfg.depths, "samples": cfg.samples, "rows": cfg.rows}
+    numbers |= {f"lengths[{i}]": length for i, length in enumerate(cfg.lengths)}
+    wrong = [f"evaluation.{k} must be positive, got {v}" for k, v in numbers.items() if v < 1]
+    if cfg.every < 0:
+        wrong.append(f"evaluation.every must be 0 (never) or above, got {cfg.every}")
+    return wrong
+
+
+@dataclasses.dataclass(frozen=True)
 class JobConfig:
     """One training job.
 
@@ -227,6 +261,7 @@ class JobConfig:
     alerts: AlertsConfig = dataclasses.field(default_factory=AlertsConfig)
     rewards: RewardsConfig = dataclasses.field(default_factory=RewardsConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
 
 SECTIONS: dict[str, type] = {
@@ -239,6 +274,7 @@ SECTIONS: dict[str, type] = {
     "alerts": AlertsConfig,
     "rewards": RewardsConfig,
     "checkpoint": CheckpointConfig,
+    "evaluation": EvaluationConfig,
 }
 # Read by functions of their own.
 _OTHER_SECTIONS = ("model", "mesh", "sharding")
@@ -407,7 +443,7 @@ def _check(job: JobConfig) -> None:
         "task": (job.task, ("pretrain", "sft", "cispo")),
         "remat": (job.remat, REMAT),
         "activations": (job.activations, ("", "float32", "bfloat16")),
-        "data.source": (job.data.source, ("text", "reasoning", "pictures")),
+        "data.source": (job.data.source, ("text", "reasoning", "pictures", "recall")),
         "optimizer.decay": (job.optimizer.decay, stages.DECAYS),
         "optimizer.moments": (job.optimizer.moments, ("", "float32", "bfloat16")),
         "optimizer.rounding": (job.optimizer.rounding, ("nearest", "master", "stochastic")),
@@ -460,7 +496,8 @@ def _check(job: JobConfig) -> None:
         )
     if job.data.source == "text" and job.task != "cispo" and not job.data.paths:
         problems.append("data.source is 'text' but data.paths is empty")
-    if (job.data.source == "reasoning" or job.task == "cispo") and not job.data.tasks:
-        problems.append("data.tasks is empty; name at least one reasoning task")
+    if (job.data.source in ("reasoning", "recall") or job.task == "cispo") and not job.data.tasks:
+        problems.append("data.tasks is empty; name at least one task")
+    problems += check_evaluation(job.evaluation)
     if problems:
         raise ConfigError("job config: " + "; ".join(problems))

@@ -9,6 +9,7 @@ import jax
 
 from train import distributed
 from train.data.streams import Streams
+from train.evaluation.loop import with_evaluation
 from train.job import Job, Scalars
 from train.stages import Stage, resolve
 from train.state import TrainState
@@ -43,7 +44,7 @@ def fit(job: Job, make: MakeStream) -> Job:
         )
         return state, {**values, **data.metrics(), **measured}
 
-    job.run(data, step)
+    job.run(data, with_evaluation(job, step))
     job.export()
     return job
 

@@ -19,6 +19,7 @@ from train.data.reasoning import (
     split_problems,
     worked_solution,
 )
+from train.evaluation import recall
 from train.job import Job
 from train.language import fit
 from train.tokenizing import job_tokenizer
@@ -28,7 +29,7 @@ def run(cfg: JobConfig, workdir: Path) -> Job:
     """Runs or resumes the job.
 
     Args:
-      cfg: With data.source "reasoning" or "pictures".
+      cfg: With data.source "reasoning", "recall" or "pictures".
       workdir: Folder of the job.
 
     Raises:
@@ -36,6 +37,8 @@ def run(cfg: JobConfig, workdir: Path) -> Job:
     """
     if cfg.data.source == "pictures":
         return pictures.run(cfg, workdir)
+    if cfg.data.source == "recall":
+        return recall.run(cfg, workdir)
     problems, _ = split_problems(cfg.data.tasks, cfg.data.size, cfg.cispo.eval_problems, cfg.seed)
     texts = [prompt_text(p) + worked_solution(p) for p in problems]
     tokenizer = job_tokenizer(cfg, workdir, texts)
