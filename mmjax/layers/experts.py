@@ -11,7 +11,7 @@ from kernels_pallas import grouped_matmul, grouped_swiglu
 from kernels_pallas.grouped_matmul import gains_by_align
 from kernels_pallas.numerics import einsum32
 from mmjax.layers.int8 import Int8Matrices
-from mmjax.layers.router import FEW_TOKENS
+from mmjax.layers.router import DECODING_TOKENS
 
 # Rows that share one expert's matrix in the grouped product, at least and at most.
 MIN_BLOCK, MAX_BLOCK = 64, 512
@@ -47,7 +47,7 @@ def apply_experts(
     block = _block_size(tokens, visits, kernels)
     if block > 1 and tokens.shape[0] * experts <= _row_count(visits, experts, block):
         return _every_expert(tokens, share, expert, kernels)
-    if block == 1 and tokens.shape[0] <= FEW_TOKENS:
+    if block == 1 and tokens.shape[0] <= DECODING_TOKENS:
         # XLA reads bytes in its products; the kernels would have them written out before.
         form = _every_expert if isinstance(kernels.w1, Int8Matrices) else _visited_experts
         return form(tokens, share, expert, kernels)
