@@ -118,6 +118,7 @@ class Decoder(nnx.Module):
         *,
         positions: Int32[Array, "B T"] | None = None,
         segment_ids: Int32[Array, "B T"] | None = None,
+        lengths: Int32[Array, " B"] | None = None,
         cache: Cache | None = None,
         images: ImageTokens | None = None,
         compute_logits: bool = True,
@@ -132,6 +133,9 @@ class Decoder(nnx.Module):
           segment_ids: [B, T]; 0 is padding, on any side. Documents packed in a row carry ids of
             their own and do not see each other. With a cache a row is one sequence, and ids only
             tell padding from tokens.
+          lengths: Instead of segment_ids, where every row is one document padded on the right: its
+            real tokens [B]. Attention needs no masks then, since padding follows all that is real;
+            the outputs of padding mean nothing. Not with a cache.
           cache: What the rows have seen so far; the result holds it updated. The caller sees to
             it that no row outgrows the capacity: tokens past it are not remembered.
           images: What stands at image tokens in place of their embedding.
@@ -139,29 +143,37 @@ class Decoder(nnx.Module):
           return_intermediates: Also return hidden states and router logits layer by layer.
 
         Raises:
-          ValueError: T exceeds the capacity of the cache.
+          ValueError: T exceeds the capacity of the cache; lengths beside segment_ids or a cache.
         """
+        if lengths is not None and not (segment_ids is None and cache is None):
+            raise ValueError("lengths are for rows without segment_ids and without a cache")
         if cache is not None and tokens.shape[1] > cache.capacity:
             raise ValueError(
                 f"{tokens.shape[1]} tokens do not fit a cache of capacity {cache.capacity}; "
                 "create it larger"
             )
         positions, slots, segment_ids = _places(tokens, positions, segment_ids, cache)
+        real = None if segment_ids is None else segment_ids != 0
+        if lengths is not None:
+            real = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
         ctx = Context(
-            rope_angles(positions, self.cfg.rotary_dim, self.cfg.rope_theta), segment_ids, slots
+            rope_angles(positions, self.cfg.rotary_dim, self.cfg.rope_theta),
+            segment_ids,
+            real,
+            slots,
         )
         h = constrain(self.embed(tokens), "batch", "sequence", None)
         if images is not None:
             h = constrain(_with_images(h, images), "batch", "sequence", None)
         h, cache, stats, inputs = self._layers(h, cache, ctx, return_intermediates)
         if cache is not None:
-            cache = cache._replace(length=cache.length + _real_counts(tokens, segment_ids))
+            cache = cache._replace(length=cache.length + _real_counts(tokens, real))
         hidden = self.norm(h)
         logits = self.logits(hidden) if compute_logits else None
         seen = None
         if return_intermediates:
             seen = Intermediates(jnp.concatenate([inputs, hidden[None]]), stats.logits)
-        return Output(logits, hidden, cache, _aux(stats, tokens, segment_ids), seen)
+        return Output(logits, hidden, cache, _aux(stats, tokens, real), seen)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T vocab"]:
         """LM head on the final norm's output, in float32."""
@@ -345,15 +357,15 @@ def _places(
     return slots if positions is None else positions, slots, segment_ids
 
 
-def _real_counts(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+def _real_counts(tokens: jax.Array, real: jax.Array | None) -> jax.Array:
     """Real tokens of each row [B]."""
-    if segment_ids is None:
+    if real is None:
         return jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
-    return jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
+    return jnp.sum(real, axis=1, dtype=jnp.int32)
 
 
-def _aux(stats: RouterStats, tokens: jax.Array, segment_ids: jax.Array | None) -> Aux:
-    count = jnp.sum(_real_counts(tokens, segment_ids)).astype(jnp.float32)
+def _aux(stats: RouterStats, tokens: jax.Array, real: jax.Array | None) -> Aux:
+    count = jnp.sum(_real_counts(tokens, real)).astype(jnp.float32)
     mean = 1 / jnp.maximum(count, 1)
     return Aux(
         load_balancing_loss(stats.tokens_per_expert, stats.probability_sum, count),

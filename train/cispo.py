@@ -381,10 +381,8 @@ def completion_logprobs(
     groups, samples, width = batch.tokens.shape
     sequences = batch.sequences.reshape(groups * samples, -1)
     prompt = jnp.repeat(batch.prompt_lengths, samples)  # [N G]
-    length = prompt + batch.lengths.reshape(-1)
-    place = jnp.arange(sequences.shape[1], dtype=jnp.int32)[None]
-    real = (place < length[:, None]).astype(jnp.int32)
-    out = model(sequences, segment_ids=real, compute_logits=False)
+    lengths = prompt + batch.lengths.reshape(-1)
+    out = model(sequences, lengths=lengths, compute_logits=False)
     # The hidden state before each completion token predicts it.
     before = prompt[:, None] - 1 + jnp.arange(width, dtype=jnp.int32)[None]
     hidden = jnp.take_along_axis(out.hidden, before[:, :, None], axis=1)

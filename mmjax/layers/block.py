@@ -21,12 +21,14 @@ type Cache = HybridCache | PagedCache
 class Context(NamedTuple):
     """What every layer of one call shares.
 
-    angles: RoPE angles [B, T, R]; segment_ids [B, T] or None; slots: cache slot of each token
-    [B, T], None without a cache.
+    angles: RoPE angles [B, T, R]; segment_ids [B, T], None where attention needs none; real:
+    which tokens are no padding [B, T], None for all; slots: cache slot of each token [B, T], None
+    without a cache.
     """
 
     angles: jax.Array
     segment_ids: jax.Array | None
+    real: jax.Array | None
     slots: jax.Array | None
 
 
@@ -69,8 +71,8 @@ class Block(nnx.Module):
         alpha, beta = self.attention_scales
         h = alpha * (x if self.postnorm else h) + beta * attended
         y = self.moe_norm(h)
-        real = None if ctx.segment_ids is None else ctx.segment_ids != 0
-        mixed, stats = self.moe(y, real, training=cache is None, skip=isinstance(cache, PagedCache))
+        skip = isinstance(cache, PagedCache)
+        mixed, stats = self.moe(y, ctx.real, training=cache is None, skip=skip)
         alpha, beta = self.moe_scales
         return alpha * (y if self.postnorm else h) + beta * mixed, cache, stats
 

@@ -45,7 +45,7 @@ class MoE(nnx.Module):
     def round_experts(self) -> None:
         """Keeps the experts' matrices as int8 from here on, to serve: they have no gradient."""
         scales = {}
-        for name in ("w1", "w3", "w2"):
+        for name in Weights._fields:
             param: nnx.Param[jax.Array] = getattr(self, name)
             experts, _, columns = param.get_metadata("axes")
             rounded = to_int8(param[...])
@@ -98,10 +98,11 @@ class MoE(nnx.Module):
         return out, stats
 
     def _kernels(self) -> Weights:
+        matrices = [getattr(self, name)[...] for name in Weights._fields]
         if self.scales is None:
-            return Weights(self.w1[...], self.w3[...], self.w2[...])
-        names = ("w1", "w3", "w2")
-        return Weights(*(Int8Matrices(getattr(self, n)[...], self.scales[n][...]) for n in names))
+            return Weights(*matrices)
+        scales = [self.scales[name][...] for name in Weights._fields]
+        return Weights(*map(Int8Matrices, matrices, scales))
 
     def _on_one_device(
         self, x: jax.Array, real: jax.Array, capacity: int, skip: bool

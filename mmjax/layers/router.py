@@ -12,7 +12,7 @@ from kernels_pallas import dispatch
 from kernels_pallas.numerics import einsum32, product
 
 # Tokens of a decode step, whose kernels take longer to start than to run.
-FEW_TOKENS = 64
+DECODING_TOKENS = 64
 
 
 class Routing(NamedTuple):
@@ -82,7 +82,7 @@ def route(
 
 
 def _logits(tokens: jax.Array, kernel: jax.Array) -> jax.Array:
-    if tokens.shape[0] > FEW_TOKENS or dispatch.target().platform != "gpu":
+    if tokens.shape[0] > DECODING_TOKENS or dispatch.target().platform != "gpu":
         return einsum32("nd,de->ne", tokens, kernel, jnp.dtype("float32"))
     # A sum that XLA fuses, for a product in float32 that takes a GPU four times as long.
     return (tokens[:, None].astype(jnp.float32) * kernel.T[None]).sum(-1)
@@ -91,7 +91,7 @@ def _logits(tokens: jax.Array, kernel: jax.Array) -> jax.Array:
 def _top_k(probability: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
     """The k largest of [N, E], the first of equals first, and their places, int32."""
     count, experts = probability.shape
-    if count > FEW_TOKENS:
+    if count > DECODING_TOKENS:
         top, expert = jax.lax.top_k(probability, top_k)
         return top, expert.astype(jnp.int32)
     # By counting who is larger: two fused kernels, where a sort is one among several.

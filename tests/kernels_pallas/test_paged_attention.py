@@ -7,9 +7,7 @@ import pytest
 
 from kernels_pallas import paged_attention, write_pages
 from kernels_pallas.paged_attention import chunked, mosaic_gpu
-from mmjax.engine.programs import _last_logits
 from mmjax.layers.softmax import softmax_attention
-from tests.mmjax.programs import random_model, small_config
 
 HEADS, GROUPS, DIM, SIZE, WIDTH, PAGES, LAYERS = 4, 2, 8, 4, 6, 20, 2
 
@@ -45,15 +43,6 @@ def test_pages_hold_what_a_row_holds(monkeypatch, span, queries):
     blind = jnp.where(index < SIZE * WIDTH, index, -1)
     np.testing.assert_allclose(out, softmax_attention(q, k, v, blind), atol=1e-6)
     np.testing.assert_array_equal(out[3], 0)
-
-
-def test_bfloat16_head_is_the_float32_head():
-    model = random_model(small_config(dtype="bfloat16", param_dtype="bfloat16"))
-    hidden = draw(np.random.default_rng(0), 5, 1, model.cfg.hidden_size).astype(jnp.bfloat16)
-    expected = model.logits(hidden)[:, 0]
-    found = _last_logits(model, hidden)
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_hopper_kernel_lowers_for_cuda():

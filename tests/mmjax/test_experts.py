@@ -47,7 +47,8 @@ def test_only_visited_experts_get_turns():
 def test_counting_picks_what_sorting_does(experts):
     """Equal probabilities among them: the first of equals comes first."""
     rng = np.random.default_rng(0)
-    probability = jnp.asarray(rng.integers(0, 6, (router.FEW_TOKENS, experts)) / 8, jnp.float32)
+    drawn = rng.integers(0, 6, (router.DECODING_TOKENS, experts)) / 8
+    probability = jnp.asarray(drawn, jnp.float32)
     top, expert = router._top_k(probability, 3)
     want_top, want_expert = jax.lax.top_k(probability, 3)
     np.testing.assert_array_equal(top, want_top)

@@ -104,3 +104,16 @@ def test_a_row_without_tokens(model):
     assert np.isfinite(logits).all()
     np.testing.assert_array_equal(cache.length, [0, 4])
     np.testing.assert_array_equal(cache.state[:, 0], 0)
+
+
+def test_lengths_stand_for_padding_on_the_right(model):
+    lengths = jnp.array([20, 7, 1], jnp.int32)
+    real = np.arange(20)[None] < np.asarray(lengths)[:, None]
+    rows = tokens(model.cfg, 3, 20)
+    expected = forward(model, rows, jnp.asarray(real, jnp.int32))
+    found = model(rows, lengths=lengths)
+    assert_near(found.logits[real], expected.logits[real])
+    for mine, other in zip(found.aux, expected.aux, strict=True):
+        assert_near(mine, other)
+    with pytest.raises(ValueError, match="lengths are for rows without"):
+        model(rows, lengths=lengths, cache=empty_cache(model, 3, 20))

@@ -1,4 +1,4 @@
-"""The draw of one token a row: filters, temperature, what log-probabilities are of."""
+"""A decode step's logits, and the draw: filters, temperature, what log-probabilities are of."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from mmjax.engine import SamplingParams, sampling
+from mmjax.engine.programs import _last_logits
+from tests.mmjax.programs import random_model, small_config
 
 
 def choose(logits, temperature=1.0, top_p=1.0, min_p=0.0, top_k=0):
@@ -75,3 +77,13 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
 def test_sampling_parameters_out_of_range(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} must .*got"):
         SamplingParams(**wrong)
+
+
+def test_bfloat16_head_is_the_float32_head():
+    model = random_model(small_config(dtype="bfloat16", param_dtype="bfloat16"))
+    drawn = np.random.default_rng(0).standard_normal((5, 1, model.cfg.hidden_size))
+    hidden = jnp.asarray(drawn, jnp.bfloat16)
+    expected = model.logits(hidden)[:, 0]
+    found = _last_logits(model, hidden)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
