@@ -112,7 +112,7 @@ GET_CONFIG = runpy.run_path("configs/demo.py")["get_config"]
 if SMALL:
     # Sums of two digits, learned by heart and stopped early: minutes are too short for thinking.
     TASK = "chain_sum(min_terms=2, max_terms=2, min_digits=1, max_digits=1)"
-    STEPS = {"sft": 70, "cispo": 16}
+    STEPS = {"sft": 70, "cispo": 14}
 else:
     TASK = "chain_sum"
     STEPS = {"sft": 1700, "cispo": 40}
@@ -195,8 +195,7 @@ print(f"reward of samples, three batches at either end {reward[0]:.3f} → {rewa
 print(f"tokens a sample {lengths[0]:.1f} → {lengths[1]:.1f}")
 print(f"lowest correlation of sampler and trainer {correlation:.5f}")
 assert correlation > 0.99, correlation  # The sampler drew from the policy that was trained.
-assert reward[1] > reward[0] + 0.1, reward  # It learned,
-assert after >= before, (before, after)
-if not SMALL:
+assert reward[1] > reward[0] + 0.15, reward  # It learned,
+if not SMALL:  # There are 162 sums of two digits: by heart says nothing of those left out.
     assert after > before + 0.2, (before, after)  # also for problems it has not seen,
     assert lengths[1] > 1.5 * lengths[0], lengths  # by thinking.
