@@ -113,13 +113,19 @@ def checkout(models, tmp_path):
     (tmp_path / "path" / "to").symlink_to(models)
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "one.txt").write_text((ROOT / "CONTRIBUTING.md").read_text())
+    # Where mmjax is not installed, as on a machine that runs from a checkout alone.
+    if shutil.which("mmjax", path=Path(sys.executable).parent) is None:
+        shim = tmp_path / ".bin" / "mmjax"
+        shim.parent.mkdir()
+        shim.write_text(f'#!/bin/sh\nexec {sys.executable} -m mmjax.cli "$@"\n')
+        shim.chmod(0o755)
     for name in ("cat.jpg", "dog.png"):
         PIL.Image.new("RGB", (40, 30), (200, 80, 0)).save(tmp_path / name)
     return tmp_path
 
 
 def _environment(checkout):
-    paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    paths = [str(Path(sys.executable).parent), str(checkout / ".bin"), os.environ["PATH"]]
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     own = {"PATH": os.pathsep.join(paths), "PYTHONPATH": str(checkout), "COLUMNS": "80"}
     return os.environ | own | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick}
@@ -144,30 +150,31 @@ class _Server:
     """A block that serves until it is told to stop; `ready` waits for its first answer."""
 
     def __init__(self, block, checkout):
-        self._log = (checkout / "server.log").open("w+")
-        self._process = subprocess.Popen(
-            ["bash", "-c", f"exec {block.text.strip()}"],
-            cwd=checkout,
-            env=_environment(checkout),
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-        )
+        self._log = checkout / "server.log"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                ["bash", "-c", f"exec {block.text.strip()}"],
+                cwd=checkout,
+                env=_environment(checkout),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
 
     def ready(self):
         until = time.monotonic() + SECONDS
         while time.monotonic() < until:
-            assert self._process.poll() is None, Path(self._log.name).read_text()
+            assert self._process.poll() is None, self._log.read_text()
             try:
                 with urllib.request.urlopen("http://127.0.0.1:8000/health", timeout=5) as answer:
                     assert answer.status == 200
                     return
             except OSError:
                 time.sleep(0.5)
-        raise AssertionError(f"not up after {SECONDS} s: {Path(self._log.name).read_text()}")
+        raise AssertionError(f"not up after {SECONDS} s: {self._log.read_text()}")
 
     def stop(self):
         self._process.send_signal(signal.SIGTERM)
-        assert self._process.wait(SECONDS) == 0, Path(self._log.name).read_text()
+        assert self._process.wait(SECONDS) == 0, self._log.read_text()
 
 
 def _runnable(page):
