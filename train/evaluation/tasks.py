@@ -427,7 +427,7 @@ class _Frame(NamedTuple):
 
 def _fill(draw: Draw, left: int, make: Callable[[], str]) -> list[str]:
     """Sentences until `left` tokens are used up."""
-    found = []
+    found: list[str] = []
     while True:
         text = make()
         left -= draw.count(text)
