@@ -8,22 +8,24 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmjax import Engine, SamplingParams
+from mmjax import Engine
 from mmjax.config import ConfigError, ModelConfig
 from mmjax.sharding import make_mesh
 from tests.mmjax.programs import random_model, small_config
-from train.config import DataConfig, EvaluationConfig, JobConfig
+from tests.train.programs import lenient
+from train.config import CheckpointConfig, DataConfig, EvaluationConfig, JobConfig
 from train.evaluation.__main__ import main
 from train.evaluation.lexicon import word_tokenizer
 from train.evaluation.loop import by_position, evaluate, scalars
 from train.evaluation.scoring import Prepared, Scorer, generated_hits
 from train.evaluation.suite import Suite
 from train.metrics import read_metrics
+from train.optimizer import make_optimizer
 from train.tasks import run_task
 
 TOKENIZER = word_tokenizer()
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "num_kv_heads": 1}
-TINY |= {"num_layers": 2, "layer_types": ("lightning", "softmax"), "num_experts": 2}
+TINY |= {"num_layers": 1, "layer_types": ("softmax",), "num_experts": 2}
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +41,26 @@ def scorer(model):
     return Scorer(nnx.graphdef(model), make_mesh())
 
 
-def test_teacher_forcing_says_what_greedy_decoding_does(model, scorer):
-    """Right where the engine writes just this, wrong where one token is another."""
-    prompts = [TOKENIZER.encode(f" The old baker {word}") for word in ("likes", "finds", "sells")]
-    engine = Engine(model, TOKENIZER, max_slots=4, max_length=64)
-    greedy = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+@pytest.fixture(scope="module")
+def logits(model):
+    """Logits of rows [8, 24]."""
+    run = jax.jit(lambda tokens, segments: model(tokens, segment_ids=segments).logits)
+    return lambda tokens, segments: np.asarray(run(jnp.asarray(tokens), jnp.asarray(segments)))
+
+
+def test_teacher_forcing_says_what_greedy_decoding_does(model, scorer, logits):
+    """Right where greedy decoding writes just this, wrong where one token is another."""
+    tokens = np.zeros((8, 24), np.int32)
+    tokens[:3, :6] = np.random.default_rng(0).integers(0, 500, (3, 6))
+    for place in range(6, 12):
+        real = np.broadcast_to(np.arange(24) < place, (8, 24)).astype(np.int32)
+        tokens[:, place] = logits(tokens, real)[:, place - 1].argmax(-1)
     pairs = []
-    for prompt, done in zip(prompts, engine.generate(prompts, greedy), strict=True):
-        ids = list(done.token_ids)
+    for prompt, greedy in zip(tokens[:3, :6].tolist(), tokens[:3, 6:12].tolist(), strict=True):
         for changed in range(-1, 6):
-            other = [(t + 1) % 200 if i == changed else t for i, t in enumerate(ids)]
-            pairs.append((prompt, other))
-    hits = scorer.hits(nnx.state(model), Prepared(pairs, 32), tokens=256)
+            answer = [(t + 1) % 200 if i == changed else t for i, t in enumerate(greedy)]
+            pairs.append((prompt, answer))
+    hits = scorer.hits(nnx.state(model), Prepared(pairs, 24), tokens=8 * 24)
     assert hits.tolist() == [i % 7 == 0 for i in range(21)]
 
 
@@ -64,14 +74,14 @@ def test_generated_answers_need_the_values_in_any_words(model, monkeypatch):
     assert shares.tolist() == [1.0, 1.0, 0.5, 0.0]
 
 
-def test_logprobs_are_those_of_the_logits(model, scorer):
-    tokens = np.random.default_rng(0).integers(0, 500, (3, 24)).astype(np.int32)
-    segments = np.ones((3, 24), np.int32)
+def test_logprobs_are_those_of_the_logits(model, scorer, logits):
+    tokens = np.random.default_rng(0).integers(0, 500, (8, 24)).astype(np.int32)
+    segments = np.ones((8, 24), np.int32)
     segments[2, 10:] = 0
-    found = scorer.logprobs(nnx.state(model), tokens, segments, 64)
-    logits = model(jnp.asarray(tokens), segment_ids=jnp.asarray(segments)).logits
-    every = jax.nn.log_softmax(logits[:, :-1])
-    wanted = np.take_along_axis(np.asarray(every), tokens[:, 1:, None], axis=2)[..., 0]
+    found = scorer.logprobs(nnx.state(model), tokens, segments, 8 * 24)
+    every = logits(tokens, segments)[:, :-1].astype(np.float64)
+    every -= np.log(np.exp(every).sum(-1, keepdims=True))
+    wanted = np.take_along_axis(every, tokens[:, 1:, None], axis=2)[..., 0]
     real = segments[:, 1:] != 0
     np.testing.assert_allclose(found[real], wanted[real], rtol=1e-5, atol=1e-5)
 
@@ -129,9 +139,12 @@ def job(tmp_path_factory):
         model=ModelConfig.tiny(**TINY),
         remat="none",
         data=DataConfig("recall", tasks=("niah(digits=3)",), sequence_length=128),
+        checkpoint=CheckpointConfig(export="hf"),
         evaluation=EVALUATION,
     )
-    run_task(cfg, workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.job.make_optimizer", lambda *args: lenient(make_optimizer(*args)))
+        run_task(cfg, workdir)
     return workdir
 
 
@@ -161,6 +174,7 @@ def test_workdir_is_evaluated_by_hand(job, tmp_path, capsys):
     assert (tmp_path / "maps.svg").read_text().startswith("<?xml")
 
 
+@pytest.mark.slow
 def test_engine_answers_and_text_is_measured_by_hand(job, tmp_path):
     (tmp_path / "a.txt").write_text("The old baker follows the fox. " * 9)
     common = ["--model", str(job), "--lengths", "128", "--depths", "1", "--samples", "1"]
@@ -185,6 +199,12 @@ def test_engine_answers_and_text_is_measured_by_hand(job, tmp_path):
 def test_wrong_arguments_end_in_one_message(arguments, message, capsys):
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_workdir_without_a_model(tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    assert main(["--model", str(tmp_path)]) == 2
+    assert "--config.checkpoint.export=hf" in capsys.readouterr().err
 
 
 def test_text_that_is_not_there(tmp_path):

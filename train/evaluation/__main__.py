@@ -82,18 +82,31 @@ def _evaluate(args: argparse.Namespace) -> int:
     problems = check_evaluation(cfg)
     if problems:
         raise ConfigError("; ".join(problems))
-    tokenizer = Tokenizer.load(args.model)
+    folder = _model_folder(args.model)
+    tokenizer = Tokenizer.load(folder)
     suite = Suite(cfg, tokenizer, chat=not args.plain)
     if args.generate:
-        result = _generated(suite, mmjax.load(args.model, dtype=args.dtype), tokenizer)
+        result = _generated(suite, mmjax.load(folder, dtype=args.dtype), tokenizer)
     else:
         mesh = make_mesh()
-        graphdef, params = nnx.split(mmjax.load(args.model, mesh=mesh, dtype=args.dtype))
+        graphdef, params = nnx.split(mmjax.load(folder, mesh=mesh, dtype=args.dtype))
         result = evaluate(suite, Scorer(graphdef, mesh), params, args.tokens)
     write(result, args.out, "result")
     _show(result)
     print(f"result and heat map in {args.out}")
     return 0
+
+
+def _model_folder(path: Path) -> Path:
+    """Itself, or the model that a job exported to its workdir."""
+    if not (path / "checkpoints").is_dir():
+        return path
+    if not (path / "model").is_dir():
+        raise ConfigError(
+            f"{path} is the workdir of a job that has exported no model; run the job's command "
+            "again with --config.checkpoint.export=hf"
+        )
+    return path / "model"
 
 
 def _generated(suite: Suite, model: Decoder, tokenizer: Tokenizer) -> Result:

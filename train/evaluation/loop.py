@@ -40,15 +40,16 @@ def with_evaluation(job: Job, step: Step) -> Step:
     every, suite = job.cfg.evaluation.every, suite_of(job.cfg, job.tokenizer)
     if suite is None:
         return step
-    scorer = Scorer(job.graphdef, job.mesh)
-    number = -1
+    scorer, number = Scorer(job.graphdef, job.mesh), -1
 
     def evaluated(state: TrainState, item: Any) -> tuple[TrainState, Scalars]:
-        nonlocal number
+        nonlocal number, scorer
         number = int(state.step) + 1 if number < 0 else number + 1
         state, metrics = step(state, item)
         if number % every and number != job.cfg.steps:
             return state, metrics
+        if scorer.graphdef != job.graphdef:  # The job may have changed the model on the way.
+            scorer = Scorer(job.graphdef, job.mesh)
         result = evaluate(suite, scorer, state.params, tokens_at_a_time(job.cfg))
         if distributed.is_primary():
             write(result, job.workdir / FOLDER, f"step_{number:08d}")

@@ -60,7 +60,7 @@ class Scorer:
     """
 
     def __init__(self, graphdef: nnx.GraphDef[Decoder], mesh: Mesh) -> None:
-        self._mesh = mesh
+        self.graphdef, self._mesh = graphdef, mesh
         self._rows = int(np.prod([mesh.shape[axis] for axis in DEFAULT_RULES.batch]))
         self._sharding = NamedSharding(mesh, DEFAULT_RULES.spec(("batch",), of="batch"))
         everywhere = NamedSharding(mesh, PartitionSpec())

@@ -79,6 +79,13 @@ class Draw(NamedTuple):
             raise ConfigError(f"{number} names are too many; there are {len(lexicon.NAMES)}")
         return self.rng.sample(lexicon.NAMES, number)
 
+    def plenty_of_names(self, tokens: int, part: Sequence[str], beside: int = 1) -> list[str]:
+        """At least as many names as there is room for in such parts, and some beside, if there are
+        as many.
+        """
+        room = max(tokens, 0) // max(self.total(part), 1)
+        return self.names(min(room + beside, len(lexicon.NAMES)))
+
 
 type Generator = Callable[..., Sample]
 
@@ -197,7 +204,7 @@ def _numbers(rng: random.Random, digits: int) -> Iterator[str]:
 
 def _more_needles(draw: Draw, left: int, number: Iterator[str], taken: set[str]) -> list[list[str]]:
     found: list[list[str]] = []
-    for name in draw.names(len(lexicon.NAMES)):
+    for name in draw.plenty_of_names(left, _needle("", ""), len(taken)):
         if name in taken:
             continue
         needle = _needle(name, next(number))
@@ -230,7 +237,7 @@ def associative_recall(draw: Draw, *, digits: int = 3) -> Sample:
 
     pairs: list[tuple[str, str]] = []
     left = frame([("", ""), ("", "")]).left
-    for name in draw.names(len(lexicon.NAMES)):
+    for name in draw.plenty_of_names(left, _pair("", "")):
         pair = (name, next(number))
         said = [*_pair(*pair), ",", f" {name}", f" {name}", ":", f" {pair[1]}", ","]
         left -= draw.total(said)
@@ -352,7 +359,7 @@ def multi_round(draw: Draw) -> Sample:
     """
     rng = draw.rng
     form, other = rng.sample(lexicon.FORMS, 2)
-    subject, *others = draw.names(len(lexicon.NAMES))
+    subject, *others = draw.names(64)
     rest = itertools.cycle(others)
     needle = _round(draw, form, subject)
     same = [_round(draw, other, subject), _round(draw, form, next(rest))]
@@ -420,7 +427,7 @@ class _Frame(NamedTuple):
 
 def _fill(draw: Draw, left: int, make: Callable[[], str]) -> list[str]:
     """Sentences until `left` tokens are used up."""
-    found = []
+    found: list[str] = []
     while True:
         text = make()
         left -= draw.count(text)
