@@ -54,6 +54,7 @@ from mmjax import Decoder, ModelConfig
 from mmjax.layers.fused_softmax import self_attention
 from mmjax.layers.lightning import decay_rates
 from mmjax.layers.moe import MoE
+from mmjax.layers.weights import project
 from mmjax.plan.counts import active_parameters
 from train import losses
 from train.config import OptimizerConfig
@@ -239,11 +240,13 @@ def parts(cfg: ModelConfig, rows: int, length: int) -> list[_Part]:
     )
     softmax = both(lambda q, k, v: self_attention(q, k, v, index, ids), q, keys, keys)
     product = both(lambda x, w: jnp.einsum("btd,df->btf", x, w), x, wide)
+    layers = both(project, x, wide)
     return [
         ("lightning core", 7, lightning),
         ("softmax core", 1, softmax),
         ("experts, router included", 8, both(experts, weights, x)),
         ("x [B, T, D] times [D, 4 H K], as qkv and gate", 7, product),
+        ("the same by the layers' project", 7, layers),
     ]
 
 

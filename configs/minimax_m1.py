@@ -4,12 +4,15 @@
     mmjax plan --config configs/minimax_m1.py --topology v6e:16x16 --job prefill
     mmjax plan --config configs/minimax_m1.py --topology v6e:16x16 --job decode
     python -m train --config=configs/minimax_m1.py --workdir=runs/m1
+    python -m train --config=configs/minimax_m1.py:long --workdir=runs/m1_long
     python -m train --config=configs/minimax_m1.py:cispo --workdir=runs/m1_cispo
 
-456B parameters, of which 45.9B meet a token. Rows of 8,192 tokens, 4.2M tokens an update, AdamW
-with M1's betas and eps and with bf16 moments, 8e-5: the constant part of the schedule, 2.5T tokens.
-The batch is not published. Starts from Text-01; `init_from`, `data.paths` and `data.tokenizer` are
-yours to fill in.
+456B parameters, of which 45.9B meet a token. Continual pre-training on 7.5T tokens: AdamW with M1's
+betas and eps, 8e-5 for 2.5T tokens, then decayed to 8e-6 over 5T. Rows of 8,192, 4.2M tokens an
+update, the shape of the decay and bf16 moments are ours. The stage "long" grows the context from
+32K to 1M in four steps, which is published; where they lie and how long each takes is ours. The
+load-balancing loss weighs less than Text-01's, by how much is not published: set
+`model.router_aux_loss_coef`. Starts from Text-01; `init_from` and `data` are yours to fill in.
 
 The stage "cispo" has what the report gives of M1's reinforcement: AdamW's constants, 16 updates a
 rollout batch, groups without a signal replaced, the length penalty, the halt after 3,000 tokens
@@ -26,15 +29,42 @@ Source: MiniMax-M1 report, sections 2.1, 3 and 4.
 
 from ml_collections import ConfigDict
 
+B = 1_000_000_000
+
 
 def get_config(stage: str = "pretrain") -> ConfigDict:
-    """The job of one stage, "pretrain" or "cispo"."""
-    if stage not in ("pretrain", "cispo"):
-        raise ValueError(f"unknown stage {stage!r}; known: 'pretrain', 'cispo'")
+    """The job of one stage, "pretrain", "long" or "cispo"."""
+    if stage not in ("pretrain", "long", "cispo"):
+        raise ValueError(f"unknown stage {stage!r}; known: 'pretrain', 'long', 'cispo'")
     config = _pretrain()
+    if stage == "long":
+        config.update(_long())
     if stage == "cispo":
+        del config.stages
         config.update(_cispo())
     return config
+
+
+def _long() -> ConfigDict:
+    """What differs in the growth of the context; all but its ends and the four steps is ours."""
+    lengths = {"32K": 32768, "128K": 131072, "512K": 524288, "1M": 1048576}
+    return ConfigDict(
+        {
+            "init_from": "runs/m1/model",
+            "stages": tuple(
+                {
+                    "name": name,
+                    "tokens": 20 * B,
+                    "sequence_length": length,
+                    "batch_size": 4194304 // length,
+                }
+                for name, length in lengths.items()
+            ),
+            "mesh": {"data": 1, "context": 128, "expert": 4},
+            "data": {"paths": ("data/long/*.jsonl",)},
+            "optimizer": {"learning_rate": 8e-6},
+        }
+    )
 
 
 def _cispo() -> ConfigDict:
@@ -97,8 +127,16 @@ def _pretrain() -> ConfigDict:
     return ConfigDict(
         {
             "task": "pretrain",
-            "steps": 596_000,
-            "init_from": "runs/text01/model",
+            "stages": (
+                {"name": "constant", "tokens": 2500 * B},
+                {
+                    "name": "decay",
+                    "tokens": 5000 * B,
+                    "learning_rate": 8e-6,
+                    "decay": "cosine",  # ours
+                },
+            ),
+            "init_from": "runs/text01_long/model",
             "remat": "super_block",
             "mesh": {"data": 16, "expert": 32},
             "model": {"preset": "minimax_m1"},
@@ -111,8 +149,8 @@ def _pretrain() -> ConfigDict:
             },
             "optimizer": {
                 "learning_rate": 8e-5,
-                "decay": "constant",
                 "weight_decay": 0.1,
+                "rounding": "stochastic",  # ours
             },
             "checkpoint": {"every": 200, "keep": 3, "export": "hf"},
         }

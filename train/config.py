@@ -494,7 +494,11 @@ def _check(job: JobConfig) -> None:
             f"data.source 'pictures' is for the task sft and one folder in data.paths, got task "
             f"{job.task!r} and {len(job.data.paths)} paths"
         )
-    if job.data.source == "text" and job.task != "cispo" and not job.data.paths:
+    if (
+        job.data.source == "text"
+        and job.task != "cispo"
+        and not (job.data.paths or job.data.mixture)
+    ):
         problems.append("data.source is 'text' but data.paths is empty")
     if (job.data.source in ("reasoning", "recall") or job.task == "cispo") and not job.data.tasks:
         problems.append("data.tasks is empty; name at least one task")

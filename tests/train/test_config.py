@@ -1,6 +1,7 @@
 """Job configs: what is refused and how, the configs of this repository, the gin overlay."""
 
 import copy
+import dataclasses
 import importlib
 import re
 from pathlib import Path
@@ -24,6 +25,7 @@ from train.data.reasoning import split_problems
 from train.gin_overlay import apply_gin
 from train.optimizer import make_optimizer
 from train.scaling.grid import runs_of
+from train.stages import resolve
 from train.state import init_state
 from train.step import language_step
 
@@ -246,7 +248,11 @@ def test_config_is_built_and_its_step_traced(module, stage):
     assert module.__doc__, "a config's docstring says the command"
     assert "--config=configs/" in module.__doc__
     cfg = job_of(module.get_config(stage) if stage else module.get_config())
-    optimizer = lenient(make_optimizer(cfg.optimizer, cfg.steps))
+    # Of a job in stages the last one, whose rows are the longest.
+    stages = resolve(cfg) if cfg.stages else ()
+    optimizer = lenient(make_optimizer(cfg.optimizer, cfg.steps, (), stages))
+    if stages:
+        cfg = dataclasses.replace(cfg, data=stages[-1].data)
     state, graphdef = abstract_state(cfg, optimizer)
     if cfg.task == "cispo":
         new, metrics = jax.eval_shape(

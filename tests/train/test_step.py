@@ -1,11 +1,16 @@
 """The language step on packed rows, against each document alone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
-from tests.mmjax.programs import forward
+from mmjax.model import Decoder
+from tests.mmjax.programs import forward, small_config
 from tests.train.programs import adamw, assert_same, copied, tiny_model
 from train.state import from_flat, init_state, to_flat
 from train.step import language_step
@@ -77,3 +82,102 @@ def test_state_survives_its_flat_form(stepped):
     flat = {name: np.asarray(x) for name, x in to_flat(after).items()}
     assert len(flat) == len(jax.tree.leaves(after))
     assert_same(from_flat(before, flat), copied(after))
+
+
+# Microbatches.
+
+
+def many_rows():
+    """Eight rows, some with little to predict, so that parts of the batch count differently."""
+    parts = [batch(seed) for seed in range(4)]
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    whole["loss_mask"][:5] *= np.linspace(0, 1, 12)[None] > 0.5
+    return jax.tree.map(jnp.asarray, whole)
+
+
+def test_microbatches_give_the_update_of_one_batch():
+    """Of loss, gradient norm and parameters; the routers balance within a part, so not theirs."""
+    model = tiny_model(48)
+    model.remat = "none"
+    model.cfg = dataclasses.replace(model.cfg, router_aux_loss_coef=0.0)
+    # SGD: AdamW would divide the rounding of small gradients by their size.
+    optimizer = optax.sgd(1.0)
+    graphdef, state = init_state(model, optimizer, 0)
+    kept = copied(state)
+    whole, expected = language_step(graphdef, optimizer, state, many_rows(), z_loss=1e-2)
+    again = jax.tree.map(jnp.asarray, kept)
+    split, got = language_step(graphdef, optimizer, again, many_rows(), microbatches=4, z_loss=1e-2)
+    for name in ("loss", "total_loss", "grad_norm"):
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-6)
+    for before, one, other in zip(
+        *(jax.tree.leaves(x.params) for x in (kept, whole, split)), strict=True
+    ):
+        moved = np.abs(np.asarray(one) - before).max()
+        np.testing.assert_allclose(other, one, atol=1e-6 * max(moved, np.abs(before).max()))
+
+
+def test_gradients_of_microbatches_are_summed_in_float32():
+    """bfloat16 parameters: each part's gradient is bfloat16, their sum is not."""
+    cfg = small_config(num_layers=1, layer_types=("lightning",), param_dtype="bfloat16")
+    cfg = dataclasses.replace(cfg, dtype="bfloat16")
+    graphs, seen = [], []
+
+    def update(grads, state, params):
+        seen.append({g.dtype.name for g in jax.tree.leaves(grads)})
+        return grads, state
+
+    optimizer = optax.GradientTransformation(lambda params: (), update)
+
+    def make():
+        model = Decoder(cfg, rngs=nnx.Rngs(0))
+        graphs.append(nnx.graphdef(model))
+        return init_state(model, optimizer, 0)[1]
+
+    state = jax.eval_shape(make)
+    for parts in (1, 2):
+        jax.eval_shape(
+            lambda s, b, n=parts: language_step(graphs[0], optimizer, s, b, microbatches=n),
+            state,
+            many_rows(),
+        )
+    assert seen == [{"bfloat16", "float32"}, {"float32"}]  # The router's is float32 anyway.
+
+
+# What the backward pass finds kept.
+
+
+def products_in(jaxpr):
+    """Matrix products of a program, those inside its loops and calls included."""
+    count = 0
+    for eqn in jaxpr.eqns:
+        count += eqn.primitive.name == "dot_general"
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                count += products_in(inner) if hasattr(inner, "eqns") else 0
+    return count
+
+
+def test_products_that_are_kept_are_not_computed_again():
+    model = tiny_model(48)
+    tokens = jnp.asarray(batch()["tokens"])
+    ids = jnp.asarray(IDS)
+
+    def loss(params, graphdef):
+        out = nnx.merge(graphdef, params)(tokens, segment_ids=ids, compute_logits=False)
+        return jnp.sum(out.hidden**2)
+
+    counts, grads = {}, {}
+    for remat in ("none", "products", "layer"):
+        model.remat = remat
+        graphdef, params = nnx.split(model)
+        run = jax.jit(jax.grad(loss), static_argnums=1)
+        counts[remat] = products_in(run.trace(params, graphdef).jaxpr.jaxpr)
+        if remat != "layer":
+            grads[remat] = run(params, graphdef)
+    # Softmax attention of few tokens, and lightning's chunks, are no products of the layers'.
+    projections = 3 + 4 + 2 * (1 + 3)
+    assert counts["products"] <= counts["layer"] - projections + 2
+    pairs = zip(jax.tree.leaves(grads["products"]), jax.tree.leaves(grads["none"]), strict=True)
+    for got, want in pairs:
+        np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))

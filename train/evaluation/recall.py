@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from train.config import JobConfig
+from train.data.pipeline import example_stream
 from train.evaluation.examples import RecallExamples
 from train.evaluation.lexicon import word_tokenizer
 from train.evaluation.loop import suite_of
@@ -27,4 +28,4 @@ def run(cfg: JobConfig, workdir: Path) -> Job:
         cfg.data, tokenizer, cfg.seed, suite.prompts if suite else frozenset()
     )
     job = Job(cfg, workdir, tokenizer, cfg.steps)
-    return fit(job, job.packed_batches(examples))
+    return fit(job, lambda cfg, **_: example_stream(examples, cfg, rows=job.rows))
