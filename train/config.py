@@ -65,40 +65,81 @@ class OptimizerConfig:
     frozen: tuple[str, ...] = ()
 
 
+FORMATS = ("", "jsonl", "text", "parquet", "arrayrecord", "datasets", "stdlib")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One source of a mixture; docs/data.md describes the formats.
+
+    Attributes:
+      name: By which metrics and checkpoints know it.
+      paths: Files or folders, or glob patterns of them; none for "stdlib".
+      format: "jsonl", "text", "parquet", "arrayrecord", "datasets" (a folder of `save_to_disk`),
+        "stdlib" (the source of Python's standard library), or "" to go by each path's suffix.
+      weight: Share of the tokens, over the sum of all sources' weights; 0 rests.
+      kind: "text", all of which is predicted, or "chat", of which the assistant's turns are.
+      field: Of a row; empty for "text", or "messages" of a chat.
+      thinking: Of chats: "keep" or "drop" the assistant's.
+      encoding: Of text and JSONL files that do not start with a byte order mark.
+    """
+
+    name: str
+    paths: tuple[str, ...] = ()
+    format: str = ""
+    weight: float = 1.0
+    kind: str = "text"
+    field: str = ""
+    thinking: str = "keep"
+    encoding: str = "utf-8"
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What a pretrain or sft job reads.
 
     Attributes:
-      source: "text" (files of plain text or JSONL), "reasoning" (worked solutions of `tasks`), or
-        "pictures" (with captions, for sft).
-      paths: For "text": files, or glob patterns. For "pictures": one folder, see
-        `train.data.pictures`.
+      source: "text" (the documents and chats of `mixture`), "reasoning" (worked solutions of
+        `tasks`), or "pictures" (with captions, for sft).
+      mixture: For "text": its sources, and the share of each.
+      paths: For "text": short for a mixture of one source with these paths. For "pictures": one
+        folder, see `train.data.pictures`.
+      bad_share: Of the documents read, those that may be malformed; more stop the job.
       tasks: For "reasoning" and cispo: tasks as docs/rewards.md names them.
       size: For "reasoning": problems to draw from.
       direct_share: For "reasoning": share of the solutions that answer without thinking, so that
         reinforcement has to find out which way pays.
       sequence_length: T, tokens a packed row.
       batch_size: B, packed rows an update.
-      streams: Independent streams that fill a batch, each with every S-th document and its share
-        of the rows. Processes share the reading of them; the batches do not depend on the number
-        of processes, but on this. A multiple of the processes leaves no document read twice.
-      tokenizer: Folder with a tokenizer.json; empty for a character tokenizer made from the data.
+      streams: Independent streams that fill a batch, each with its own part of every source and
+        its share of the rows. Processes share the reading of them; the batches do not depend on
+        the number of processes, but on this. A multiple of the processes leaves no document read
+        twice.
+      prefetch: Batches that each stream has ready in advance.
+      tokenizer: Folder with a tokenizer.json; empty for one trained on the data.
       question: For "pictures": what is asked of each.
       tiles_per_row: For "pictures": M, most tiles that the examples of a row have together.
     """
 
     source: str = "text"
+    mixture: tuple[SourceConfig, ...] = ()
     paths: tuple[str, ...] = ()
+    bad_share: float = 0.01
     tasks: tuple[str, ...] = ()
     size: int = 20000
     direct_share: float = 0.0
     sequence_length: int = 256
     batch_size: int = 8
     streams: int = 1
+    prefetch: int = 2
     tokenizer: str = ""
     question: str = "What is this?"
     tiles_per_row: int = 16
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The mixture, or the one source that `paths` is short for."""
+        return self.mixture or (SourceConfig("text", self.paths),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,7 +324,11 @@ def _typed_fields(
         if key not in hints:
             problems.append(f"unknown key {prefix}{key}{_nearest(key, prefix, hints)}")
             continue
-        cast, ok = _coerce(value, hints[key])
+        try:
+            cast, ok = _coerce(value, hints[key])
+        except ConfigError as error:
+            problems.append(f"{prefix}{key}: {error}")
+            continue
         if not ok:
             name = getattr(hints[key], "__name__", str(hints[key]))
             problems.append(f"{prefix}{key} = {value!r} is no {name}")
@@ -305,13 +350,38 @@ def _coerce(value: Any, hint: Any) -> tuple[Any, bool]:
     for option in options:
         if typing.get_origin(option) is tuple:
             item = typing.get_args(option)[0]
-            ok = isinstance(value, list | tuple) and all(isinstance(v, item) for v in value)
-            return tuple(value) if ok else value, ok
+            if not isinstance(value, list | tuple):
+                return value, False
+            items = [_coerce(v, item) for v in value]
+            return tuple(v for v, _ in items), all(ok for _, ok in items)
+        if dataclasses.is_dataclass(option):
+            return _coerce_section(value, typing.cast(type, option))
     if float in options and isinstance(value, int) and not isinstance(value, bool):
         return float(value), True
     if isinstance(value, bool):
         return value, bool in options
     return value, isinstance(value, options)
+
+
+def _coerce_section(value: Any, section: type) -> tuple[Any, bool]:
+    """An item of a tuple of sections.
+
+    Raises:
+      ConfigError: it has unknown keys, lacks one, or has a value of a wrong type.
+    """
+    if isinstance(value, ConfigDict):
+        value = value.to_dict()
+    if not isinstance(value, Mapping):
+        return value, False
+    problems: list[str] = []
+    typed = _typed_fields(section, dict(value), "its ", problems)
+    for field in dataclasses.fields(section):
+        needed = dataclasses.MISSING is field.default is field.default_factory
+        if needed and field.name not in value:
+            problems.append(f"{field.name} is not set in {value!r}")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return section(**typed), True
 
 
 def _check(job: JobConfig) -> None:
@@ -336,6 +406,7 @@ def _check(job: JobConfig) -> None:
         "data.batch_size": job.data.batch_size,
         "data.sequence_length": job.data.sequence_length,
         "data.streams": job.data.streams,
+        "data.prefetch": job.data.prefetch,
         "data.tiles_per_row": job.data.tiles_per_row,
         "checkpoint.every": job.checkpoint.every,
         "checkpoint.keep": job.checkpoint.keep,
@@ -370,9 +441,38 @@ def _check(job: JobConfig) -> None:
             f"data.source 'pictures' is for the task sft and one folder in data.paths, got task "
             f"{job.task!r} and {len(job.data.paths)} paths"
         )
-    if job.data.source == "text" and job.task != "cispo" and not job.data.paths:
-        problems.append("data.source is 'text' but data.paths is empty")
+    if job.data.source == "text" and job.task != "cispo":
+        problems += _mixture_problems(job.data)
     if (job.data.source == "reasoning" or job.task == "cispo") and not job.data.tasks:
         problems.append("data.tasks is empty; name at least one reasoning task")
     if problems:
         raise ConfigError("job config: " + "; ".join(problems))
+
+
+def _mixture_problems(data: DataConfig) -> list[str]:
+    if bool(data.mixture) == bool(data.paths):
+        what = "both are set" if data.paths else "data.paths is empty and so is data.mixture"
+        return [f"data.source 'text' needs data.mixture or, for short, data.paths: {what}"]
+    problems = []
+    for source in data.sources:
+        choices = {
+            "format": (source.format, FORMATS),
+            "kind": (source.kind, ("text", "chat")),
+            "thinking": (source.thinking, ("keep", "drop")),
+        }
+        here = f"data.mixture: {source.name!r}:"
+        problems += [
+            f"{here} {name} = {value!r}; known: {', '.join(map(repr, known))}"
+            for name, (value, known) in choices.items()
+            if value not in known
+        ]
+        if bool(source.paths) == (source.format == "stdlib"):
+            problems.append(f"{here} paths = {source.paths!r} with format {source.format!r}")
+        if not source.weight >= 0:
+            problems.append(f"{here} weight must not be negative, got {source.weight}")
+    names = [source.name for source in data.sources]
+    if len(set(names)) < len(names):
+        problems.append(f"data.mixture: two sources of one name among {', '.join(names)}")
+    if not any(source.weight > 0 for source in data.sources):
+        problems.append("data.mixture: no source has a weight above 0")
+    return problems

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -23,8 +24,7 @@ from mmjax.tokenizer import Tokenizer
 from train import distributed
 from train.checkpoint import Checkpoints
 from train.config import JobConfig
-from train.data.packing import Example, Pictures, packed_batches
-from train.data.streams import Resumable, Streams
+from train.data.streams import Resumable
 from train.metrics import Metrics
 from train.optimizer import make_optimizer
 from train.state import TrainState, init_state
@@ -82,6 +82,9 @@ class Job:
             model.remat = self.cfg.remat
             return model
         vocab = max(self.cfg.model.vocab_size, self.tokenizer.vocab_size)
+        if vocab > self.cfg.model.vocab_size and distributed.is_primary():
+            told = f"model.vocab_size {self.cfg.model.vocab_size} raised to the tokenizer's {vocab}"
+            print(told, file=sys.stderr)
         shape = dataclasses.replace(
             self.cfg.model, vocab_size=vocab, eos_token_id=self.tokenizer.eos_id
         )
@@ -116,28 +119,18 @@ class Job:
         """The model with the parameters of the current state."""
         return nnx.merge(self.graphdef, self.state.params)
 
-    def packed_batches(
-        self, examples: Sequence[Example], pictures: Pictures | None = None
-    ) -> Streams:
-        """The job's batches; of rows that lie on no device of this process, it reads none.
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows of a batch that lie on a device of this process; it need not read others.
 
         Raises:
           ConfigError: the batch does not divide over the mesh.
         """
-        data = self.cfg.data
-        self._check_rows(data.batch_size)
-        placed = self.batch_sharding.addressable_devices_indices_map((data.batch_size,))
-        every = np.arange(data.batch_size)
-        rows = np.unique(np.concatenate([every[index] for index in placed.values()]))
-        return packed_batches(
-            examples,
-            data.sequence_length,
-            data.batch_size,
-            self.cfg.seed,
-            streams=data.streams,
-            rows=rows,
-            pictures=pictures,
-        )
+        count = self.cfg.data.batch_size
+        self._check_rows(count)
+        placed = self.batch_sharding.addressable_devices_indices_map((count,))
+        every = np.arange(count)
+        return np.unique(np.concatenate([every[index] for index in placed.values()]))
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Places a batch on the mesh, its first axis over the batch axes.

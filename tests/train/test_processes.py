@@ -14,7 +14,6 @@ import pytest
 from mmjax.config import ConfigError
 from tests.train.test_resume import MODEL, ROOT, last_checkpoint, lines
 from train import distributed
-from train.data.packing import Example, packed_batches
 
 pytestmark = pytest.mark.slow
 
@@ -118,24 +117,6 @@ def test_two_processes_stop_and_are_killed_and_one_goes_on_with_another_mesh(job
     assert codes == [0], said
     assert "resumed" in said
     np.testing.assert_allclose(losses(workdir), losses(job / "straight"), rtol=1e-4)
-
-
-def test_processes_read_their_own_rows_of_the_same_batches():
-    examples = [Example([i] * (1 + i % 7), [1] * (1 + i % 7)) for i in range(1, 60)]
-
-    def read(rows):
-        data = packed_batches(examples, 16, 8, 0, streams=4, rows=rows)
-        return data, [next(data) for _ in range(5)]
-
-    whole, batches = read(None)
-    parts = [read(np.arange(start, start + 4)) for start in (0, 4)]
-    for step, batch in enumerate(batches):
-        for name, x in batch.items():
-            halves = [part[step][name][4 * i : 4 * i + 4] for i, (_, part) in enumerate(parts)]
-            np.testing.assert_array_equal(np.concatenate(halves), x)
-    states = parts[0][0].get_state() | parts[1][0].get_state()
-    assert states == whole.get_state()
-    assert set(parts[0][0].get_state()) == {"0", "1"}
 
 
 @pytest.mark.parametrize(
