@@ -369,7 +369,7 @@ def _readable(path: Path) -> bool:
 def _stdlib() -> list[Path]:
     """The source files of Python's standard library, without its tests."""
     root = sysconfig.get_paths()["stdlib"]
-    left_out = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     found = []
     for folder, below, names in os.walk(root):
         below[:] = sorted(set(below) - left_out)

@@ -1,13 +1,14 @@
 """Documents to packed rows: what `language_step` eats.
 
-A row starts with the document that has waited longest; then, as long as one fits, the longest
-waiting one that does. Which documents wait is told by their numbers, so that the state of it is
-small, and another stage goes on with them in rows of another length.
+A row starts with any of the documents that wait, so that the pieces of a long one are spread; then,
+as long as one fits, it takes the longest that does. Which documents wait is told by their numbers,
+so that the state of it is small, and another stage goes on with them in rows of another length.
 """
 
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -126,8 +127,9 @@ class PackingIterator(grain.DatasetIterator):
             self._count += 1
 
     def _take(self) -> list[Piece]:
-        """Pieces of the next row: the oldest, then the longest that fit."""
-        row = [self._remove(next(iter(self._waiting)))]
+        """Pieces of the next row: one at random, then the longest that fit."""
+        chosen = int(np.random.default_rng(self._rows).integers(len(self._waiting)))
+        row = [self._remove(next(itertools.islice(self._waiting, chosen, None)))]
         space, tiles = self._length - row[0].size, self._most_tiles - row[0].tiles
         at = bisect.bisect(self._by_size, (space, 1))
         while at > 0:

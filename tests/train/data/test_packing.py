@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections import Counter
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -146,15 +147,20 @@ def test_log_normal_lengths_fill_98_percent(length, median, sigma):
     assert fill >= 0.98
 
 
-def test_oldest_document_is_never_left_waiting():
-    """A row starts with it, whatever else would fit better."""
-    rows = rows_of([9, 9, 9, 9, 8], LENGTH)
-    for _ in range(20):
-        oldest = rows.get_state()["waiting"][:1]
-        row = next(rows)
-        if oldest:
-            start, stop = oldest[0][2:4]
-            assert np.count_nonzero(row["segment_ids"] == 1) == stop - start
+def test_no_document_waits_for_long():
+    """Even those that fit no row but one that they start."""
+    rows = rows_of([15, 1, 1, 1, 9, 9], LENGTH)
+    for _ in range(1000):
+        next(rows)
+        state = rows.get_state()
+        oldest = min(piece[1] for piece in state["waiting"])
+        assert state["mixture"]["next"]["a"] - oldest < 5000
+
+
+def test_pieces_of_a_long_document_are_spread():
+    rows = rows_of([LENGTH * 30] + [LENGTH] * 60, LENGTH)
+    starts = [int(next(rows)["tokens"][0]) for _ in range(30)]
+    assert 3 <= sum(start <= LENGTH * 30 for start in starts) <= 25
 
 
 # Mixtures.
@@ -269,6 +275,7 @@ def test_stages_read_on_where_the_one_before_stopped():
     second=st.sampled_from([1, 2, 4]),
     seed=st.integers(0, 5),
 )
+@patch("train.data.packing._PIECES", 16)
 def test_resume_on_another_number_of_processes_gives_the_same_rows(before, first, second, seed):
     """1, 2 or 4 processes read their rows of the batches; any of these numbers goes on from it."""
 
