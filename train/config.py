@@ -173,17 +173,24 @@ class RewardsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save, and how many to keep.
+    """When to save, where, and how many to keep.
 
     Attributes:
       every: Steps between checkpoints (rollout batches, for cispo).
-      keep: Latest checkpoints kept.
+      keep: Latest checkpoints kept; a damaged one falls back to the one before, so more than one.
+      keep_every: Steps between those that are kept for good; 0 for none. A multiple of `every`.
+      path: Where they go, a folder or an address that Orbax takes (gs://...); empty for the
+        workdir's folder `checkpoints`.
       export: Layout of a model folder written at the end, "hf", "hf-native" or "" for none.
+      export_every: Steps between model folders `model-STEP` written on the way; 0 for none.
     """
 
     every: int = 50
     keep: int = 2
+    keep_every: int = 0
+    path: str = ""
     export: str = ""
+    export_every: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -429,6 +436,10 @@ def _check(job: JobConfig) -> None:
         "alerts.patience": job.alerts.patience,
     }
     problems += [f"{n} must be positive, got {v}" for n, v in positive.items() if not v > 0]
+    if job.checkpoint.export_every < 0:
+        problems.append(
+            f"checkpoint.export_every must not be negative, got {job.checkpoint.export_every}"
+        )
     if job.task == "cispo" and not problems:
         problems += contradictions(job.cispo, job.sampling, job.asynchronous)
     if job.data.streams > 0 and job.data.batch_size % job.data.streams:
@@ -436,6 +447,14 @@ def _check(job: JobConfig) -> None:
             f"data.batch_size {job.data.batch_size} is no multiple of data.streams "
             f"{job.data.streams}; every stream fills whole rows"
         )
+    every = max(job.checkpoint.every, 1)
+    if job.checkpoint.keep_every < 0 or job.checkpoint.keep_every % every:
+        problems.append(
+            f"checkpoint.keep_every {job.checkpoint.keep_every} is no multiple of checkpoint.every "
+            f"{job.checkpoint.every}"
+        )
+    if job.checkpoint.export_every and not job.checkpoint.export:
+        problems.append("checkpoint.export_every needs checkpoint.export, 'hf' or 'hf-native'")
     if job.data.source == "pictures" and (job.task != "sft" or len(job.data.paths) != 1):
         problems.append(
             f"data.source 'pictures' is for the task sft and one folder in data.paths, got task "

@@ -219,6 +219,18 @@ def test_text_without_paths():
     assert "data.paths is empty" in message(job(task="pretrain", data__source="text"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"every": 4, "keep_every": 6}, "keep_every 6 is no multiple of checkpoint.every 4"),
+        ({"export_every": 5}, "export_every needs checkpoint.export"),
+        ({"export_every": -5, "export": "hf"}, "export_every must not be negative, got -5"),
+    ],
+)
+def test_checkpoints_that_make_no_sense(changes, says):
+    assert says in message(job(checkpoint=changes))
+
+
 def test_mixtures_are_typed():
     mixture = [{"name": "a", "format": "stdlib", "weight": 2}, {"name": "b", "paths": ["b.txt"]}]
     built = build(job(task="pretrain", data__source="text", data__mixture=mixture))
