@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +118,13 @@ class Checkpoints:
         changed = [name for name, x in _sums(found["state"]).items() if found["sums"][name] != x]
         if changed:
             return f"{len(changed)} arrays have other values than were saved, {changed[0]} first"
-        return found  # type: ignore[no-any-return]
+        return {"state": found["state"], "data": found["data"]}
 
     def _check_fit(self, step: int, like: Mapping[str, jax.Array]) -> None:
         """Raises ConfigError for a checkpoint whose arrays have other names or shapes."""
         folder = self._manager.directory / str(step) / "state"
-        saved = ocp.StandardCheckpointHandler().metadata(folder).tree
+        with closing(ocp.StandardCheckpointHandler()) as reader:
+            saved = reader.metadata(folder).tree
         shapes = {name: tuple(x.shape) for name, x in saved.items()}
         wanted = {name: tuple(x.shape) for name, x in like.items()}
         for name in sorted(shapes.keys() ^ wanted.keys()):
