@@ -176,7 +176,7 @@ class Compiled(logging.Handler):
 
 
 def untimed(workdir):
-    told = ("seconds/", "tokens_per_second/", "tflops", "mfu")
+    told = ("seconds/", "tokens_per_second/", "data/wait", "tflops", "mfu")
     return [{k: v for k, v in m.items() if not k.startswith(told)} for m in read_metrics(workdir)]
 
 
