@@ -49,7 +49,7 @@ def config(stages=STAGES, **changes):
             "stages": stages,
             "remat": "none",
             "model": model | small,
-            "data": {"source": "text", "mixture": SOURCES, "paths": ("a",)},
+            "data": {"source": "text", "mixture": SOURCES},
             "optimizer": {"learning_rate": 0.8, "warmup_steps": 2},
             **changes,
         }
