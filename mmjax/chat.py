@@ -59,17 +59,38 @@ def render_chat(
 
     Source: the chat template released with MiniMax-M1, and its function call guide.
     """
-    turns = [document_start]
+    turns = "".join(turn.text for turn in chat_turns(messages, tools=tools))
+    return document_start + turns + (f"{BOS}{_HEADERS['assistant']}\n" if reply else "")
+
+
+class Turn(NamedTuple):
+    """A turn as it is written, and where in it what the assistant wrote begins and ends.
+
+    Both are 0 in turns of others; the assistant's own part has the token that ends a turn.
+    """
+
+    text: str
+    start: int = 0
+    stop: int = 0
+
+
+def chat_turns(
+    messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] = ()
+) -> Iterator[Turn]:
+    """The turns that `render_chat` joins, with the same arguments.
+
+    Raises:
+      ValueError: what `render_chat` raises.
+    """
     system = "".join(_text(m) for m in messages if _role(m) == "system")
     if system:
-        turns.append(_turn("system", system))
+        yield _turn("system", system)
     if tools:
         described = "".join(f"{_json(tool)}\n" for tool in tools)
-        turns.append(
+        yield Turn(
             f"{BOS}system tool_setting=tools\n{_TOOLS_BEFORE}{described}{_TOOLS_AFTER}{EOS}\n"
         )
-    turns += _conversation([m for m in messages if _role(m) != "system"])
-    return "".join(turns) + (f"{BOS}{_HEADERS['assistant']}\n" if reply else "")
+    yield from _conversation([m for m in messages if _role(m) != "system"])
 
 
 def split_thinking(text: str) -> tuple[str | None, str]:
@@ -80,7 +101,7 @@ def split_thinking(text: str) -> tuple[str | None, str]:
     return thinking.removeprefix(THINK_START).strip(), answer.strip()
 
 
-def _conversation(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _conversation(messages: Sequence[Mapping[str, Any]]) -> Iterator[Turn]:
     names: dict[str, str] = {}  # of the tools called so far, by the call's id
     results = ""
     for message in messages:
@@ -98,8 +119,10 @@ def _conversation(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield _turn("tool", results)
 
 
-def _turn(role: str, text: str) -> str:
-    return f"{BOS}{_HEADERS[role]}\n{text}{EOS}\n"
+def _turn(role: str, text: str) -> Turn:
+    header, body = f"{BOS}{_HEADERS[role]}\n", f"{text}{EOS}"
+    own = (len(header), len(header + body)) if role == "assistant" else (0, 0)
+    return Turn(f"{header}{body}\n", *own)
 
 
 def _called(calls: Sequence[Mapping[str, Any]], text: str) -> str:

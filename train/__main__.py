@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
+
+if TYPE_CHECKING:
+    from train.config import JobConfig
 
 SECTIONS = (
     *("model", "mesh", "sharding", "data", "optimizer", "checkpoint", "evaluation"),
@@ -63,6 +67,20 @@ def _complain(error: object) -> int:
     return 2
 
 
+def job_config() -> JobConfig:
+    """The job that the flags describe.
+
+    Raises:
+      ConfigError: they describe none.
+    """
+    from train.config import build
+    from train.gin_overlay import apply_gin
+
+    explicit = list(config_flags.get_override_values(flags.FLAGS["config"]))
+    apply_gin(_CONFIG.value, _GIN.value, explicit)
+    return build(_CONFIG.value)
+
+
 def main(argv: list[str]) -> None:
     """Runs the job; an error that the user can mend ends in one message and exit code 2."""
     if len(argv) > 1:
@@ -73,14 +91,10 @@ def main(argv: list[str]) -> None:
     from mmjax.engine import RequestError
     from mmjax.sharding import ShardingError
     from mmjax.tokenizer import TokenizerError
-    from train.config import build
-    from train.gin_overlay import apply_gin
 
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
     try:
-        explicit = list(config_flags.get_override_values(flags.FLAGS["config"]))
-        apply_gin(_CONFIG.value, _GIN.value, explicit)
-        cfg = build(_CONFIG.value)
+        cfg = job_config()
         from train import distributed
 
         distributed.join(

@@ -110,10 +110,12 @@ class DataConfig:
     """What a pretrain or sft job reads.
 
     Attributes:
-      source: "text" (files of plain text or JSONL), "reasoning" (worked solutions of `tasks`),
-        "pictures" (with captions, for sft), or "recall" (synthetic tasks, for sft).
-      paths: For "text": files, or glob patterns. For "pictures": one folder, see
-        `train.data.pictures`.
+      source: "text" (the documents and chats of `mixture`), "reasoning" (worked solutions of
+        `tasks`), "pictures" (with captions, for sft), or "recall" (synthetic tasks, for sft).
+      mixture: For "text": its sources, and the share of each.
+      paths: For "text": short for a mixture of one source with these paths. For "pictures": one
+        folder, see `train.data.pictures`.
+      bad_share: Of the documents read, those that may be malformed; more stop the job.
       tasks: For "reasoning" and cispo: tasks as docs/rewards.md names them. For "recall": those of
         docs/evaluation.md.
       size: For "reasoning": problems to draw from.
@@ -121,10 +123,12 @@ class DataConfig:
         reinforcement has to find out which way pays.
       sequence_length: T, tokens a packed row.
       batch_size: B, packed rows an update.
-      streams: Independent streams that fill a batch, each with every S-th document and its share
-        of the rows. Processes share the reading of them; the batches do not depend on the number
-        of processes, but on this. A multiple of the processes leaves no document read twice.
-      tokenizer: Folder with a tokenizer.json; empty for a character tokenizer made from the data.
+      streams: Independent streams that fill a batch, each with its own part of every source and
+        its share of the rows. Processes share the reading of them; the batches do not depend on
+        the number of processes, but on this. A multiple of the processes leaves no document read
+        twice.
+      prefetch: Batches that each stream has ready in advance.
+      tokenizer: Folder with a tokenizer.json; empty for one trained on the data.
       question: For "pictures": what is asked of each.
       tiles_per_row: For "pictures": M, most tiles that the examples of a row have together.
     """
@@ -132,15 +136,22 @@ class DataConfig:
     source: str = "text"
     mixture: tuple[SourceConfig, ...] = ()
     paths: tuple[str, ...] = ()
+    bad_share: float = 0.01
     tasks: tuple[str, ...] = ()
     size: int = 20000
     direct_share: float = 0.0
     sequence_length: int = 256
     batch_size: int = 8
     streams: int = 1
+    prefetch: int = 2
     tokenizer: str = ""
     question: str = "What is this?"
     tiles_per_row: int = 16
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The mixture, or the one source that `paths` is short for."""
+        return self.mixture or (SourceConfig("text", self.paths),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,17 +185,24 @@ class RewardsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save, and how many to keep.
+    """When to save, where, and how many to keep.
 
     Attributes:
       every: Steps between checkpoints (rollout batches, for cispo).
-      keep: Latest checkpoints kept.
+      keep: Latest checkpoints kept; a damaged one falls back to the one before, so more than one.
+      keep_every: Steps between those that are kept for good; 0 for none. A multiple of `every`.
+      path: Where they go, a folder or an address that Orbax takes (gs://...); empty for the
+        workdir's folder `checkpoints`.
       export: Layout of a model folder written at the end, "hf", "hf-native" or "" for none.
+      export_every: Steps between model folders `model-STEP` written on the way; 0 for none.
     """
 
     every: int = 50
     keep: int = 2
+    keep_every: int = 0
+    path: str = ""
     export: str = ""
+    export_every: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -462,6 +480,7 @@ def _check(job: JobConfig) -> None:
         "data.batch_size": job.data.batch_size,
         "data.sequence_length": job.data.sequence_length,
         "data.streams": job.data.streams,
+        "data.prefetch": job.data.prefetch,
         "data.tiles_per_row": job.data.tiles_per_row,
         "checkpoint.every": job.checkpoint.every,
         "checkpoint.keep": job.checkpoint.keep,
@@ -487,21 +506,58 @@ def _check(job: JobConfig) -> None:
     problems += stages.problems(job)
     if not problems:
         problems += stages.division_problems(job)
+    if job.checkpoint.export_every < 0:
+        problems.append(
+            f"checkpoint.export_every must not be negative, got {job.checkpoint.export_every}"
+        )
     if job.task == "cispo" and not problems:
         problems += contradictions(job.cispo, job.sampling, job.asynchronous)
+    every = max(job.checkpoint.every, 1)
+    if job.checkpoint.keep_every < 0 or job.checkpoint.keep_every % every:
+        problems.append(
+            f"checkpoint.keep_every {job.checkpoint.keep_every} is no multiple of checkpoint.every "
+            f"{job.checkpoint.every}"
+        )
+    if job.checkpoint.export_every and not job.checkpoint.export:
+        problems.append("checkpoint.export_every needs checkpoint.export, 'hf' or 'hf-native'")
     if job.data.source == "pictures" and (job.task != "sft" or len(job.data.paths) != 1):
         problems.append(
             f"data.source 'pictures' is for the task sft and one folder in data.paths, got task "
             f"{job.task!r} and {len(job.data.paths)} paths"
         )
-    if (
-        job.data.source == "text"
-        and job.task != "cispo"
-        and not (job.data.paths or job.data.mixture)
-    ):
-        problems.append("data.source is 'text' but data.paths is empty")
+    if job.data.source == "text" and job.task != "cispo":
+        problems += _mixture_problems(job.data)
     if (job.data.source in ("reasoning", "recall") or job.task == "cispo") and not job.data.tasks:
         problems.append("data.tasks is empty; name at least one task")
     problems += check_evaluation(job.evaluation)
     if problems:
         raise ConfigError("job config: " + "; ".join(problems))
+
+
+def _mixture_problems(data: DataConfig) -> list[str]:
+    if bool(data.mixture) == bool(data.paths):
+        what = "both are set" if data.paths else "data.paths is empty and so is data.mixture"
+        return [f"data.source 'text' needs data.mixture or, for short, data.paths: {what}"]
+    problems = []
+    for source in data.sources:
+        choices = {
+            "format": (source.format, FORMATS),
+            "kind": (source.kind, ("text", "chat")),
+            "thinking": (source.thinking, ("keep", "drop")),
+        }
+        here = f"data.mixture: {source.name!r}:"
+        problems += [
+            f"{here} {name} = {value!r}; known: {', '.join(map(repr, known))}"
+            for name, (value, known) in choices.items()
+            if value not in known
+        ]
+        if bool(source.paths) == (source.format == "stdlib"):
+            problems.append(f"{here} paths = {source.paths!r} with format {source.format!r}")
+        if not source.weight >= 0:
+            problems.append(f"{here} weight must not be negative, got {source.weight}")
+    names = [source.name for source in data.sources]
+    if len(set(names)) < len(names):
+        problems.append(f"data.mixture: two sources of one name among {', '.join(names)}")
+    if not any(source.weight > 0 for source in data.sources):
+        problems.append("data.mixture: no source has a weight above 0")
+    return problems

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -84,6 +85,9 @@ class Job:
             model.remat = self.cfg.remat
             return model
         vocab = max(self.cfg.model.vocab_size, self.tokenizer.vocab_size)
+        if vocab > self.cfg.model.vocab_size and distributed.is_primary():
+            told = f"model.vocab_size {self.cfg.model.vocab_size} raised to the tokenizer's {vocab}"
+            print(told, file=sys.stderr)
         shape = dataclasses.replace(
             self.cfg.model, vocab_size=vocab, eos_token_id=self.tokenizer.eos_id
         )
@@ -217,6 +221,8 @@ class Job:
                 finished = finish_early(values)
                 if distributed.should_stop(number):
                     self.stop_signal = signal.SIGTERM
+                if (every := cfg.checkpoint.export_every) and number % every == 0:
+                    self.export(f"model-{number}")  # Before a checkpoint that would skip it.
                 if number % cfg.checkpoint.every == 0:
                     # A resume starts after the checkpoint and would leave its step unlogged.
                     flush()
@@ -245,8 +251,12 @@ class Job:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def export(self) -> Path | None:
-        """Writes the model folder that the config asks for, replacing an earlier one."""
+    def export(self, name: str = "model") -> Path | None:
+        """Writes the model folder that the config asks for, replacing an earlier one.
+
+        Args:
+          name: Of the folder, which appears in the workdir when it is whole.
+        """
         match self.cfg.checkpoint.export:
             case "hf" | "hf-native" as layout:
                 pass
@@ -256,12 +266,14 @@ class Job:
             if distributed.is_primary():
                 print(
                     f"several processes do not export; afterwards: mmjax convert {self.workdir} "
-                    f"{self.workdir / 'model'} --to {layout}"
+                    f"{self.workdir / name} --to {layout}"
                 )
             return None
-        folder = self.workdir / "model"
+        folder, unfinished = self.workdir / name, self.workdir / f"{name}.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        mmjax.save(self.model, unfinished, layout, tokenizer_from=self.workdir)
         shutil.rmtree(folder, ignore_errors=True)
-        mmjax.save(self.model, folder, layout, tokenizer_from=self.workdir)
+        unfinished.rename(folder)
         return folder
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import jax
 
 from train import distributed
-from train.data.streams import Streams
+from train.data.streams import KINDS, Streams, counts
 from train.evaluation.loop import with_evaluation
 from train.job import Job, Scalars
 from train.stages import Stage, resolve
@@ -44,7 +46,9 @@ def fit(job: Job, make: MakeStream) -> Job:
         )
         return state, {**values, **data.metrics(), **measured}
 
-    job.run(data, with_evaluation(job, step))
+    with closing(data):
+        job.run(data, with_evaluation(job, step))
+        _tell_skipped(data)
     job.export()
     return job
 
@@ -67,7 +71,7 @@ class StagedData:
         self._stage, self._after, self._given = self._stages[index], after, 0
         if self._staged:
             self._job.enter(self._stage)
-        self._stream = self._make(
+        self.stream = self._make(
             self._job.cfg,
             steps=self._stage.steps,
             from_weights=self._stage.from_weights,
@@ -81,14 +85,15 @@ class StagedData:
 
     def __next__(self) -> Any:
         if self._given == self._stage.steps and self._stage.number < len(self._stages):
-            after = distributed.union(self._stream.get_state())
+            after = distributed.union(self.stream.get_state())
+            self.stream.close()
             self._enter(self._stage.number, after)
         self._given += 1
-        return next(self._stream)
+        return next(self.stream)
 
     def get_state(self) -> dict[str, Any]:
         """Of this process's streams, and where among the stages they are."""
-        state = self._stream.get_state()
+        state = self.stream.get_state()
         if not self._staged:
             return state
         place = {"stage": self._stage.number, "given": self._given, "after": self._after}
@@ -101,9 +106,10 @@ class StagedData:
             number, given, after = (state.pop(name) for name in ("stage", "given", "after"))
             if not 1 <= number <= len(self._stages):
                 raise KeyError(f"stage {number} of {len(self._stages)}")
+            self.stream.close()
             self._enter(number - 1, after)
             self._given = given
-        self._stream.set_state(state)
+        self.stream.set_state(state)
 
     def announce(self) -> None:
         """Tells of a stage, once."""
@@ -113,8 +119,13 @@ class StagedData:
             metrics.stage(stage.name, describe(stage, len(self._stages), self._job))
 
     def metrics(self) -> dict[str, float]:
-        """The number of the stage, where there are any."""
-        return {"stage": float(self._stage.number)} if self._staged else {}
+        """Those of the stream; the number of the stage, where there are any."""
+        stage = {"stage": float(self._stage.number)} if self._staged else {}
+        return stage | self.stream.metrics()
+
+    def close(self) -> None:
+        """Ends the stream's threads."""
+        self.stream.close()
 
 
 def describe(stage: Stage, count: int, job: Job) -> str:
@@ -133,3 +144,15 @@ def describe(stage: Stage, count: int, job: Job) -> str:
         shares = ", ".join(f"{s.name} {s.weight / total:.0%}" for s in data.mixture if s.weight)
         told.append(shares if stage.from_weights is None else f"towards {shares}")
     return "; ".join(told)
+
+
+def _tell_skipped(data: StagedData) -> None:
+    """Says what was skipped or changed of the documents of all processes."""
+    told = counts(distributed.union(data.stream.get_state()))
+    if not distributed.is_primary():
+        return
+    for key, count in sorted(told.items()):
+        source, _, kind = key.rpartition("/")
+        if kind in KINDS and count:
+            read = told[f"{source}/documents"]
+            print(f"data source {source!r}: {count} of {read} documents {kind}", file=sys.stderr)

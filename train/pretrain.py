@@ -6,8 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from train.config import JobConfig
-from train.data.pipeline import make_stream
-from train.data.text import read_documents
+from train.data.pipeline import make_stream, sample_texts
 from train.job import Job
 from train.language import fit
 from train.tokenizing import job_tokenizer
@@ -20,6 +19,6 @@ def run(cfg: JobConfig, workdir: Path) -> Job:
       cfg: With data.source "text".
       workdir: Folder of the job.
     """
-    tokenizer = job_tokenizer(cfg, workdir, read_documents(cfg.data.paths))
+    tokenizer = job_tokenizer(cfg, workdir, sample_texts(cfg.data))
     job = Job(cfg, workdir, tokenizer, cfg.steps)
     return fit(job, partial(make_stream, tokenizer=tokenizer))

@@ -19,4 +19,5 @@ def job_tokenizer(cfg: JobConfig, workdir: Path, texts: Iterable[str]) -> Tokeni
     for folder in (cfg.data.tokenizer, cfg.init_from):
         if folder:
             return Tokenizer.load(folder)
-    return train_tokenizer(texts, cfg.model.vocab_size)
+    words = cfg.data.source == "text"
+    return train_tokenizer(texts, cfg.model.vocab_size, words=words)

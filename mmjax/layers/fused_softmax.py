@@ -53,9 +53,9 @@ def self_attention(
     return jax.lax.cond(whole, lambda: _fused(q, k, v, lengths), in_blocks)
 
 
-def why_not(q: jax.Array) -> str | None:
+def why_not(q: jax.Array | jax.ShapeDtypeStruct) -> str | None:
     """Why cuDNN cannot take these queries, or would gain nothing; None where it can."""
-    target = dispatch.target(q)
+    target = dispatch.target(q if isinstance(q, jax.Array) else None)
     length, dim = q.shape[1], q.shape[3]
     if target.platform != "gpu":
         return f"it needs a GPU; the arrays are on {target}"

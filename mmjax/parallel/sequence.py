@@ -113,12 +113,14 @@ def softmax(
     mesh = active_mesh()
     axis = _split_axis(mesh, q.shape[1], must=True)
     if mesh is None:
-        return _attend(q, k, v, index, segment_ids, axis=None)
+        return self_attention(q, k, v, index, segment_ids)
     spec = _Specs(mesh, q.shape, axis, heads=q.shape[2], kv_heads=k.shape[2])
 
     def body(
         q: jax.Array, k: jax.Array, v: jax.Array, index: jax.Array, segment_ids: jax.Array | None
     ) -> jax.Array:
+        if axis is None:
+            return self_attention(q, k, v, index, segment_ids)
         k, v = _gather_sequence((k, v), axis)
         return _attend(q, k, v, index, segment_ids, axis=axis)
 
@@ -554,7 +556,9 @@ def _attend(
 ) -> jax.Array:
     """Attention of this rank's queries to all keys. index and segment_ids are of whole rows."""
     if axis is None:
-        return self_attention(q, k, v, index, segment_ids)
+        return softmax_attention(
+            q, k, v, index, query_segments=segment_ids, key_segments=segment_ids
+        )
     own = partial(_balanced_part, axis=axis)
     out = softmax_attention(
         _balance(q, axis),

@@ -20,7 +20,7 @@ from tests.train.programs import lenient
 from train import config as job_config
 from train.batches import Batch
 from train.cispo import cispo_step
-from train.config import build
+from train.config import SourceConfig, build
 from train.data.reasoning import split_problems
 from train.gin_overlay import apply_gin
 from train.optimizer import make_optimizer
@@ -220,6 +220,47 @@ def test_algorithms_take_their_published_choices():
 
 def test_text_without_paths():
     assert "data.paths is empty" in message(job(task="pretrain", data__source="text"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"every": 4, "keep_every": 6}, "keep_every 6 is no multiple of checkpoint.every 4"),
+        ({"export_every": 5}, "export_every needs checkpoint.export"),
+        ({"export_every": -5, "export": "hf"}, "export_every must not be negative, got -5"),
+    ],
+)
+def test_checkpoints_that_make_no_sense(changes, says):
+    assert says in message(job(checkpoint=changes))
+
+
+def test_mixtures_are_typed():
+    mixture = [{"name": "a", "format": "stdlib", "weight": 2}, {"name": "b", "paths": ["b.txt"]}]
+    built = build(job(task="pretrain", data__source="text", data__mixture=mixture))
+    library = SourceConfig("a", format="stdlib", weight=2.0)
+    assert built.data.sources == (library, SourceConfig("b", ("b.txt",)))
+    short = build(job(task="pretrain", data__source="text", data__paths=("a.txt",)))
+    assert short.data.sources == (SourceConfig("text", ("a.txt",)),)
+
+
+@pytest.mark.parametrize(
+    ("sources", "says"),
+    [
+        ([{"name": "a", "path": ["a"]}], r"unknown key its path; did you mean its paths"),
+        ([{"paths": ["a"]}], "name is not set"),
+        ([{"name": "a", "paths": "a"}], "its paths = 'a' is no tuple"),
+        (["a"], "data.mixture = .* is no tuple"),
+        ([{"name": "a"}], r"'a': paths = \(\) with format ''"),
+        ([{"name": "a", "paths": ["a"], "format": "csv"}], "format = 'csv'; known: .*'jsonl'"),
+        ([{"name": "a", "paths": ["a"], "kind": "image"}], "kind = 'image'; known: 'text', 'chat'"),
+        ([{"name": "a", "paths": ["a"], "weight": -1}], "weight must not be negative, got -1"),
+        ([{"name": "a", "paths": ["a"], "weight": 0}], "no source has a weight above 0"),
+        ([{"name": "a", "paths": ["a"]}] * 2, "two sources of one name among a, a"),
+    ],
+)
+def test_mixture_that_makes_no_sense(sources, says):
+    config = job(task="pretrain", data__source="text", data__mixture=sources)
+    assert re.search(says, message(config))
 
 
 @pytest.mark.parametrize(

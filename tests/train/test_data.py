@@ -1,166 +1,22 @@
-"""Text, problems, tokenizer, chat, packing: what goes into a training step, and the verifiers."""
-
-import itertools
-import json
-import random
-from collections import Counter
+"""Problems and their verifiers, tokenizer, chat."""
 
 import numpy as np
 import pytest
 import reasoning_gym
 
 from mmjax.chat import THINK_END, render_chat, split_thinking
-from mmjax.config import ConfigError
 from mmjax.tokenizer import BOS, EOS, Tokenizer, TokenizerError
 from tests.train.programs import problems_and_tokenizer
 from train.cispo_config import SamplingConfig
-from train.data.packing import Example, packed_batches
 from train.data.reasoning import (
     ReasoningProblems,
     prompt_text,
     split_problems,
     worked_solution,
 )
-from train.data.text import read_documents
-from train.data.tokenizer import train_tokenizer
-from train.pretrain import _pieces
 from train.rewards.gym import GymSource
 from train.rewards.scoring import Score, score_completions
 from train.rollout import Group, score, texts_of
-
-LENGTH = 16
-
-
-def examples(count=40):
-    """Documents that no two tokens of are alike, so that a token tells its document."""
-    rng, out, start = random.Random(0), [], 1
-    for _ in range(count):
-        size = rng.randint(1, LENGTH)
-        ids = list(range(start, start + size))
-        out.append(Example(ids, [i % 2 for i in ids]))
-        start += size
-    return out
-
-
-def batches(seed=0):
-    return packed_batches(examples(), LENGTH, 4, seed)
-
-
-def segments(batch):
-    """(tokens, loss_mask, positions) of every document in a batch."""
-    for row in range(batch["tokens"].shape[0]):
-        ids = batch["segment_ids"][row]
-        for segment in range(1, ids.max() + 1):
-            here = ids == segment
-            yield tuple(
-                batch[name][row][here].tolist() for name in ("tokens", "loss_mask", "positions")
-            )
-
-
-def test_packed_rows_have_the_shapes_and_dtypes_of_a_step():
-    batch = next(batches())
-    for name in ("tokens", "segment_ids", "positions"):
-        assert batch[name].shape == (4, LENGTH)
-        assert batch[name].dtype == np.int32
-    assert batch["loss_mask"].dtype == np.float32
-
-
-def test_segments_count_from_one_and_padding_is_zero():
-    for batch in itertools.islice(batches(), 10):
-        for ids, row in zip(batch["segment_ids"], batch["tokens"], strict=True):
-            real = ids[ids != 0]
-            np.testing.assert_array_equal(ids, np.pad(real, (0, LENGTH - len(real))))
-            assert set(np.diff(np.concatenate([[0], real]))) <= {0, 1}
-            np.testing.assert_array_equal(ids == 0, row == 0)
-        np.testing.assert_array_equal(batch["loss_mask"][batch["segment_ids"] == 0], 0)
-
-
-def test_positions_restart_and_the_mask_stays_with_its_token():
-    for batch in itertools.islice(batches(), 10):
-        for tokens, mask, positions in segments(batch):
-            assert positions == list(range(len(tokens)))
-            assert mask == [t % 2 for t in tokens]
-
-
-def test_no_token_is_lost_or_doubled():
-    """Documents come whole, in each epoch once."""
-    seen = Counter()
-    for batch in itertools.islice(batches(), 60):
-        seen.update(tuple(tokens) for tokens, _, _ in segments(batch))
-    assert set(seen) == {tuple(e.ids) for e in examples()}
-    # Bins that are still open hold back documents of the last epoch or two.
-    assert min(seen.values()) > 5
-    assert max(seen.values()) - min(seen.values()) <= 2
-
-
-def test_epochs_are_shuffled_anew_and_by_the_seed():
-    first, second = (next(batches(seed))["tokens"] for seed in (0, 1))
-    assert (first != second).any()
-    np.testing.assert_array_equal(next(batches(0))["tokens"], first)
-
-
-@pytest.mark.parametrize("done", [0, 1, 7, 33])
-def test_iterator_resumes_where_it_was_saved(done):
-    running = batches()
-    for _ in range(done):
-        next(running)
-    state = json.loads(json.dumps(running.get_state()))
-    resumed = batches()
-    resumed.set_state(state)
-    for _ in range(20):
-        expected, actual = next(running), next(resumed)
-        for name in expected:
-            np.testing.assert_array_equal(actual[name], expected[name])
-
-
-def test_long_documents_are_cut_without_loss():
-    tokenizer = train_tokenizer(["abc"], 260)
-    texts = ["a" * 37, "b", "c" * 15]
-    pieces = _pieces(texts, tokenizer, LENGTH)
-    assert max(len(p.ids) for p in pieces) <= LENGTH
-    joined = tokenizer.decode([t for p in pieces for t in p.ids])
-    assert joined == "".join(t + EOS for t in texts)
-    assert all(p.loss_mask == [1] * len(p.ids) for p in pieces)
-
-
-# Documents.
-
-
-def test_documents_of_text_and_jsonl_in_sorted_order(tmp_path):
-    (tmp_path / "b.txt").write_text("one\ntwo\n")
-    (tmp_path / "a.jsonl").write_text('{"text": "three", "id": 1}\n\n{"text": "four"}\n')
-    (tmp_path / "empty.txt").write_text(" \n")
-    assert read_documents([str(tmp_path / "*")]) == ["three", "four", "one\ntwo\n"]
-    assert read_documents([str(tmp_path / "*.txt")]) == ["one\ntwo\n"]
-
-
-def test_jsonl_strings_may_hold_line_separators(tmp_path):
-    text = "a\u2028b\x85c\x0cd"
-    line = json.dumps({"text": text}, ensure_ascii=False)
-    (tmp_path / "a.jsonl").write_text(line + "\n", encoding="utf-8")
-    assert read_documents([str(tmp_path / "a.jsonl")]) == [text]
-
-
-@pytest.mark.parametrize(
-    "line", ['{"text": "cut', '{"body": "x"}', '["text"]', "3", '{"text": null}', '{"text": 3}']
-)
-def test_jsonl_line_that_is_no_document(tmp_path, line):
-    file = tmp_path / "a.jsonl"
-    file.write_text(f'{{"text": "fine"}}\n{line}\n')
-    with pytest.raises(ConfigError, match=r"a\.jsonl:2"):
-        read_documents([str(file)])
-
-
-def test_pattern_without_files(tmp_path):
-    with pytest.raises(ConfigError, match=r"nowhere.*matches no file"):
-        read_documents([str(tmp_path / "nowhere*.txt")])
-
-
-def test_files_without_text(tmp_path):
-    (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(ConfigError, match="no text"):
-        read_documents([str(tmp_path / "empty.txt")])
-
 
 # Problems.
 

@@ -14,7 +14,7 @@ import pytest
 from mmjax.config import ConfigError
 from tests.train.test_resume import MODEL, ROOT, last_checkpoint, lines
 from train import distributed
-from train.data.packing import Example, packed_batches
+from train.data.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +23,7 @@ STEPS = 14
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """A folder with a config; data in two streams."""
+    """A folder with a config; data in four streams."""
     folder = tmp_path_factory.mktemp("processes")
     config = {
         "task": "pretrain",
@@ -35,9 +35,11 @@ def job(tmp_path_factory):
             "paths": (str(ROOT / "train" / "*.py"),),
             "sequence_length": 32,
             "batch_size": 8,
-            "streams": 2,
+            "streams": 4,
+            "tokenizer": str(folder),
         },
     }
+    train_tokenizer(["def return self import"], 300).save(folder)
     (folder / "job.py").write_text(
         "from ml_collections import ConfigDict\n\n\n"
         f"def get_config():\n    return ConfigDict({config!r})\n"
@@ -45,13 +47,36 @@ def job(tmp_path_factory):
     return folder
 
 
-def start(job, workdir, mesh, processes=1):
-    """The processes of a job on 8 CPU devices."""
+# A job that says when a checkpoint is about to be whole, and then waits to be killed.
+DYING = """
+import os, runpy, sys, time
+from pathlib import Path
+
+rename, whole, saving = os.rename, sys.argv.pop(1), Path(sys.argv.pop(1))
+
+def waiting(source, target):
+    if "orbax-checkpoint-tmp" in str(source) and str(target).endswith(whole):
+        saving.touch()
+        time.sleep(60)
+    rename(source, target)
+
+os.rename = waiting
+runpy.run_module("train", run_name="__main__", alter_sys=True)
+"""
+
+
+def start(job, workdir, mesh, processes=1, dying=()):
+    """The processes of a job on 8 CPU devices.
+
+    dying: Step whose checkpoint is not to be finished, and a file that tells that it is written.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     axes = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
-    command = [sys.executable, "-m", "train", f"--config={job / 'job.py'}", f"--workdir={workdir}"]
+    program = ["-c", DYING, *map(str, dying)] if dying else ["-m", "train"]
+    flags = [f"--config={job / 'job.py'}", f"--workdir={workdir}"]
+    command = [sys.executable, *program, *flags]
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(8 // processes),
@@ -93,7 +118,14 @@ def wait_for(running, workdir, step):
         time.sleep(0.01)
 
 
-def test_two_processes_stop_and_are_killed_and_one_goes_on_with_another_mesh(job):
+def place_in_data(workdir):
+    """What the last checkpoint knows of the data: all that the next tokens follow from."""
+    step = last_checkpoint(workdir)
+    return json.loads((workdir / "checkpoints" / str(step) / "data" / "metadata").read_text())
+
+
+def test_processes_stop_and_are_killed_in_a_save_and_others_go_on_with_another_mesh(job):
+    """One process; two that stop; four that are killed while they save; one to the end."""
     codes, said = end(start(job, job / "straight", {"data": 4, "model": 2}))
     assert codes == [0], said
     workdir, mesh = job / "interrupted", {"data": 4, "expert": 2}
@@ -106,36 +138,23 @@ def test_two_processes_stop_and_are_killed_and_one_goes_on_with_another_mesh(job
     stopped = last_checkpoint(workdir)
     assert stopped == lines(workdir) < STEPS
 
-    running = start(job, workdir, mesh, processes=2)
-    wait_for(running, workdir, stopped + 3)
+    dies_at, saving = (stopped // 2 + 2) * 2, job / "saving"
+    running = start(job, workdir, mesh, processes=4, dying=(f"/{dies_at}", saving))
+    while not saving.exists() and all(process.poll() is None for process in running):
+        time.sleep(0.01)
     for process in running:
         process.send_signal(signal.SIGKILL)
     codes, said = end(running)
-    assert codes == [-signal.SIGKILL] * 2, said
-    assert stopped <= last_checkpoint(workdir) < STEPS
+    assert codes == [-signal.SIGKILL] * 4, said
+    assert stopped < last_checkpoint(workdir) < dies_at
+    assert list((workdir / "checkpoints").glob(f"{dies_at}.*"))
 
     codes, said = end(start(job, workdir, {"data": 4, "model": 2}))
     assert codes == [0], said
     assert "resumed" in said
+    assert "was not finished when its job ended; it is removed" in said
     np.testing.assert_allclose(losses(workdir), losses(job / "straight"), rtol=1e-4)
-
-
-def test_processes_read_their_own_rows_of_the_same_batches():
-    examples = [Example([i] * (1 + i % 7), [1] * (1 + i % 7)) for i in range(1, 60)]
-
-    def read(rows):
-        data = packed_batches(examples, 16, 8, 0, streams=4, rows=rows)
-        return data, [next(data) for _ in range(5)]
-
-    whole, batches = read(None)
-    parts = [read(np.arange(start, start + 4)) for start in (0, 4)]
-    for step, batch in enumerate(batches):
-        for name, x in batch.items():
-            halves = [part[step][name][4 * i : 4 * i + 4] for i, (_, part) in enumerate(parts)]
-            np.testing.assert_array_equal(np.concatenate(halves), x)
-    states = parts[0][0].get_state() | parts[1][0].get_state()
-    assert states == whole.get_state()
-    assert set(parts[0][0].get_state()) == {"0", "1"}
+    assert place_in_data(workdir) == place_in_data(job / "straight")
 
 
 @pytest.mark.parametrize(

@@ -1,31 +1,29 @@
-"""Examples to packed rows: what `language_step` eats."""
+"""Documents to packed rows: what `language_step` eats.
+
+A row starts with any of the documents that wait, so that the pieces of a long one are spread; then,
+as long as one fits, it takes the longest that does. Which documents wait is told by their numbers,
+so that the state of it is small, and another stage goes on with them in rows of another length.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+import bisect
+import itertools
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
-from train.data.streams import Batch, Streams
+from train.data.examples import Example
+from train.data.mixture import Mixture
 
-# Rows that Grain fills at the same time; more waste less padding.
-_BINS = 32
+# Pieces among which the best fit is looked for, as long as they are not more than so many rows;
+# and rows that they fill at least, however many it takes.
+_PIECES, _MOST_ROWS, _LEAST_ROWS = 256, 64, 2
 
-
-class Example(NamedTuple):
-    """ids of one document, and 1 for each that is to be predicted.
-
-    With pictures: `tiles` are numbers of their tiles, and `features` gives for each token the row
-    of `Vision.features` of these tiles, -1 for a token of text.
-    """
-
-    ids: list[int]
-    loss_mask: list[int]
-    tiles: Sequence[int] = ()
-    features: Sequence[int] = ()
+type Row = dict[str, np.ndarray]
 
 
 class Pictures(NamedTuple):
@@ -36,95 +34,159 @@ class Pictures(NamedTuple):
     most: int
 
 
-def packed_batches(
-    examples: Sequence[Example],
-    length: int,
-    batch: int,
-    seed: int,
-    *,
-    streams: int = 1,
-    rows: np.ndarray | None = None,
-    pictures: Pictures | None = None,
-) -> Streams:
-    """Endless shuffled batches of packed rows, checkpointable.
+class Piece(NamedTuple):
+    """Tokens start to stop of a source's document, and the tiles that come with them."""
+
+    source: str
+    number: int
+    start: int
+    stop: int
+    tiles: int = 0
+
+    @property
+    def size(self) -> int:
+        """Tokens."""
+        return self.stop - self.start
+
+
+class PackedRows(grain.IterDataset):
+    """Rows of tokens, segment_ids, positions and loss_mask [T], without end.
 
     Args:
-      examples: None longer than `length`.
-      length: T, tokens a row.
-      batch: B, rows a batch.
-      seed: Of the order, new in each epoch.
-      streams: S, each of which packs every S-th example into B / S rows of a batch.
-      rows: Rows of a batch that this process needs; None for all.
+      mixture: Where documents come from.
+      length: T. A longer document is cut; each piece is a segment of its own.
+      rows: Of the stage, for the mixture's weights.
       pictures: If examples have tiles; none has more than a row.
-
-    Returns:
-      Iterator over tokens, segment_ids, positions [B, T] int32, loss_mask [B, T] float32; with
-      pictures also tiles [B, M, S, S, 3] uint8, and image_index [B, T] int32 into the features of
-      the row's tiles, -1 for text.
     """
 
-    def stream(s: int) -> grain.DatasetIterator[Batch]:
-        return _packed(examples[s::streams], length, batch // streams, seed + s, pictures)
+    def __init__(
+        self, mixture: Mixture, length: int, rows: int, pictures: Pictures | None = None
+    ) -> None:
+        super().__init__()
+        self._arguments = mixture, length, rows, pictures
 
-    return Streams(stream, streams, batch, np.arange(batch) if rows is None else rows)
-
-
-def _packed(
-    examples: Sequence[Example], length: int, batch: int, seed: int, pictures: Pictures | None
-) -> grain.DatasetIterator[Batch]:
-    shape = {"tokens": length, "loss_mask": length}
-    if pictures is not None:
-        shape |= {"features": length, "tiles": pictures.most}
-    rows = (
-        grain.MapDataset.source(_AsArrays(examples, pictures is not None))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    )
-    packed = grain.experimental.FirstFitPackIterDataset(
-        rows, length_struct=shape, num_packing_bins=max(_BINS, batch), seed=seed
-    )
-    return iter(packed.map(partial(_rename, pictures=pictures)).batch(batch, drop_remainder=True))
+    def __iter__(self) -> PackingIterator:
+        return PackingIterator(*self._arguments)
 
 
-class _AsArrays:
-    """A Grain source over examples."""
+class PackingIterator(grain.DatasetIterator):
+    """See `PackedRows`."""
 
-    def __init__(self, examples: Sequence[Example], pictures: bool) -> None:
-        self._examples, self._pictures = examples, pictures
+    def __init__(self, mixture: Mixture, length: int, rows: int, pictures: Pictures | None) -> None:
+        super().__init__()
+        self._mixture, self._length, self._total = mixture, length, rows
+        self._pictures = pictures
+        self._most_tiles = pictures.most if pictures is not None else 0
+        self.set_state({})
 
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        example = self._examples[index]
-        arrays = {
-            "tokens": np.asarray(example.ids, np.int32),
-            "loss_mask": np.asarray(example.loss_mask, np.float32),
+    def get_state(self) -> dict[str, Any]:
+        """JSON: rows so far, the pieces that wait, and the mixture's place."""
+        waiting = [*self._waiting.values(), *self._parked]
+        return {
+            "rows": self._rows,
+            "waiting": [list(piece) for piece in waiting],
+            "mixture": self._mixture.get_state(),
         }
-        if self._pictures:
-            # Rows are filled up with zeros, so nothing is 0 here.
-            arrays["features"] = np.asarray(example.features, np.int32) + 1
-            arrays["tiles"] = np.asarray(example.tiles, np.int32)
-        return arrays
 
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Back to a place, or with `rows` 0 to where another stage starts from it."""
+        self._rows = int(state.get("rows", 0))
+        self._mixture.set_state(state.get("mixture", {}))
+        self._examples: dict[tuple[str, int], Example] = {}
+        self._left: Counter[tuple[str, int]] = Counter()  # Pieces of each example that wait.
+        self._waiting: dict[int, Piece] = {}  # By their number, oldest first.
+        self._by_size: list[tuple[int, int]] = []  # Of each its size and minus its number.
+        self._tokens = self._count = 0
+        pieces = [Piece(*values) for values in state.get("waiting", [])]
+        # A source that rests has its pieces wait for a stage that has it again.
+        self._parked = [p for p in pieces if p.source not in self._mixture.pools]
+        for piece in pieces:
+            if piece.source in self._mixture.pools:
+                self._add(piece)
 
-def _rename(row: dict[str, Any], *, pictures: Pictures | None) -> dict[str, np.ndarray]:
-    seen = {} if pictures is None else _seen(row, pictures)
-    return seen | {
-        "tokens": row["tokens"].astype(np.int32),
-        "segment_ids": row["tokens_segment_ids"].astype(np.int32),
-        "positions": row["tokens_positions"].astype(np.int32),
-        "loss_mask": row["loss_mask"].astype(np.float32),
-    }
+    def __next__(self) -> Row:
+        while self._short():
+            name, number, example = self._mixture.draw(self._rows / self._total)
+            self._examples[name, number] = example
+            self._mixture.counts[f"{name}/cut"] += int(len(example.ids) > self._length)
+            self._add(Piece(name, number, 0, len(example.ids), len(example.tiles)))
+        self._rows += 1
+        return self._filled(self._take())
 
+    def _short(self) -> bool:
+        few = len(self._waiting) < _PIECES and self._tokens < _MOST_ROWS * self._length
+        return few or self._tokens < _LEAST_ROWS * self._length
 
-def _seen(row: dict[str, Any], pictures: Pictures) -> dict[str, np.ndarray]:
-    """A row's tiles, and its tokens' features counted through the row."""
-    owner, index = row["tiles_segment_ids"], row["features"] - 1
-    first = np.argmax(owner[None] == row["features_segment_ids"][:, None], axis=1)
-    # Row 0 of the features is the newline, whichever the tiles.
-    index = np.where(index > 0, index + first * pictures.patches, index)
-    tiles = pictures.tiles[np.where(owner > 0, row["tiles"], 0)]
-    return {"tiles": tiles, "image_index": index.astype(np.int32)}
+    def _add(self, piece: Piece) -> None:
+        for start in range(piece.start, piece.stop, self._length):
+            part = piece._replace(start=start, stop=min(start + self._length, piece.stop))
+            self._waiting[self._count] = part
+            bisect.insort(self._by_size, (part.size, -self._count))
+            self._left[piece.source, piece.number] += 1
+            self._tokens += part.size
+            self._count += 1
+
+    def _take(self) -> list[Piece]:
+        """Pieces of the next row: one at random, then the longest that fit."""
+        chosen = int(np.random.default_rng(self._rows).integers(len(self._waiting)))
+        row = [self._remove(next(itertools.islice(self._waiting, chosen, None)))]
+        space, tiles = self._length - row[0].size, self._most_tiles - row[0].tiles
+        at = bisect.bisect(self._by_size, (space, 1))
+        while at > 0:
+            number = -self._by_size[at - 1][1]
+            if self._waiting[number].tiles > tiles:
+                at -= 1
+                continue
+            row.append(self._remove(number))
+            space, tiles = space - row[-1].size, tiles - row[-1].tiles
+            at = min(at - 1, bisect.bisect(self._by_size, (space, 1)))
+        return row
+
+    def _remove(self, number: int) -> Piece:
+        piece = self._waiting.pop(number)
+        del self._by_size[bisect.bisect_left(self._by_size, (piece.size, -number))]
+        self._tokens -= piece.size
+        return piece
+
+    def _filled(self, pieces: list[Piece]) -> Row:
+        """The row's arrays."""
+        whole = {
+            name: np.zeros(self._length, np.int32)
+            for name in ("tokens", "segment_ids", "positions")
+        } | {"loss_mask": np.zeros(self._length, np.float32)}
+        if self._pictures is not None:
+            side = self._pictures.tiles.shape[1:]
+            whole["tiles"] = np.zeros((self._most_tiles, *side), np.uint8)
+            whole["image_index"] = np.full(self._length, -1, np.int32)
+        at = tiles = 0
+        for segment, piece in enumerate(pieces, 1):
+            example, here = self._example(piece), slice(at, at + piece.size)
+            whole["tokens"][here] = example.ids[piece.start : piece.stop]
+            whole["segment_ids"][here] = segment
+            whole["positions"][here] = np.arange(piece.size)
+            whole["loss_mask"][here] = example.loss_mask[piece.start : piece.stop]
+            if self._pictures is not None:
+                self._see(whole, here, example, tiles)
+            at, tiles = here.stop, tiles + piece.tiles
+        return whole
+
+    def _see(self, row: Row, here: slice, example: Example, first: int) -> None:
+        """Puts an example's tiles into the row, from number `first` on."""
+        assert self._pictures is not None
+        row["tiles"][first : first + len(example.tiles)] = self._pictures.tiles[example.tiles]
+        index = np.asarray(example.features, np.int32)
+        # Row 0 of the features is the newline, whichever the tiles.
+        row["image_index"][here] = np.where(
+            index > 0, index + first * self._pictures.patches, index
+        )
+
+    def _example(self, piece: Piece) -> Example:
+        """Its tokens; after a resume they are read again."""
+        key = piece.source, piece.number
+        example = self._examples.get(key)
+        if example is None:
+            example = self._examples[key] = self._mixture.read(*key)
+        self._left[key] -= 1
+        if not self._left[key]:
+            del self._left[key], self._examples[key]
+        return example

@@ -20,7 +20,8 @@ from mmjax.tokenizer import EOS, Tokenizer
 from mmjax.vision import Image, ImageError, VisionConfig, feature_index, read_image
 from mmjax.vision.tiles import expand_images, tiles
 from train.config import DataConfig
-from train.data.packing import Example, Pictures
+from train.data.examples import Example
+from train.data.packing import Pictures
 
 CAPTIONS = "captions.jsonl"
 

@@ -1,17 +1,25 @@
-"""What a job reads, put together: documents → examples → packed rows → batches."""
+"""What a job reads, put together: sources → examples → mixture → packed rows → batches."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from mmjax.chat import render_chat
+from mmjax.config import ConfigError
 from mmjax.tokenizer import Tokenizer
-from train.config import JobConfig
-from train.data.packing import Example, Pictures, packed_batches
+from train.config import DataConfig, JobConfig, SourceConfig
+from train.data.documents import Record, Source
+from train.data.examples import ChatEncoder, Example, Skipped, TextEncoder
+from train.data.mixture import Mixture, Pool, Rows, ordered
+from train.data.packing import PackedRows, Pictures
 from train.data.streams import Streams
-from train.data.text import read_documents
+
+# Characters that a tokenizer is trained on: more of them hardly change it.
+_SAMPLE = 50_000_000
 
 
 def make_stream(
@@ -23,22 +31,48 @@ def make_stream(
     after: Mapping[str, Any] | None = None,
     rows: np.ndarray | None = None,
 ) -> Streams:
-    """Endless batches of packed rows of one stage, checkpointable; each stage begins anew.
+    """Endless batches of packed rows of one stage, checkpointable.
 
     Args:
       cfg: The stage's data, with data.source "text" or "reasoning".
       tokenizer: Of the model.
-      steps: Of the stage.
-      from_weights: By source, the weights that the stage starts with.
-      after: State of the stage before.
+      steps: Of the stage, over which weights go to those of the mixture.
+      from_weights: By source, the weights that the stage starts with; a source that is not named
+        starts at 0. None for those of the mixture throughout.
+      after: State of the stage before, whose sources are read on where it left them.
       rows: Rows of a batch that this process needs; None for all.
-    """
-    if cfg.data.source == "reasoning":
-        from train.sft import examples_of  # reasoning-gym takes seconds to import
 
-        return example_stream(examples_of(cfg, tokenizer), cfg, rows=rows)
-    documents = read_documents(cfg.data.paths)
-    return example_stream(_pieces(documents, tokenizer, cfg.data.sequence_length), cfg, rows=rows)
+    Returns:
+      Iterator over tokens, segment_ids, positions [B, T] int32, loss_mask [B, T] float32.
+
+    Raises:
+      ConfigError: sources that cannot be read, or weights that name none.
+    """
+    data = cfg.data
+    if data.source == "reasoning":
+        from train.data.reasoning import worked_examples  # reasoning-gym takes seconds to import
+
+        return example_stream(worked_examples(cfg, tokenizer), cfg, rows=rows)
+    start = _start_weights(data, from_weights)
+    opened = {source.name: open_source(source) for source in data.sources}
+    encoders = {s.name: encoder(s, tokenizer, data) for s in data.sources}
+
+    def mixture(stream: int) -> Mixture:
+        pools = [
+            Pool(
+                source.name,
+                _ordered(opened[source.name], encoders[source.name], source, cfg, stream),
+                start[source.name],
+                source.weight,
+            )
+            for source in data.sources
+        ]
+        return Mixture(pools, data.bad_share)
+
+    made = _streams(cfg, mixture, steps, rows)
+    if after is not None:
+        made.go_on(after)
+    return made
 
 
 def example_stream(
@@ -48,25 +82,133 @@ def example_stream(
     rows: np.ndarray | None = None,
     pictures: Pictures | None = None,
 ) -> Streams:
-    """Endless shuffled batches of examples in memory."""
+    """Endless shuffled batches of examples in memory.
+
+    Args:
+      examples: None longer than a row.
+      cfg: Of the job.
+      rows: Rows of a batch that this process needs; None for all.
+      pictures: If examples have tiles.
+
+    Returns:
+      As `make_stream`; with pictures also tiles [B, M, S, S, 3] uint8, and image_index [B, T] int32
+      into the features of the row's tiles, -1 for text.
+    """
+
+    def mixture(stream: int) -> Mixture:
+        held = Held(examples)
+        documents = ordered(held, lambda example: example, cfg.seed, stream, cfg.data.streams)
+        return Mixture([Pool(cfg.data.source, documents, 1.0, 1.0)], 0.0)
+
+    return _streams(cfg, mixture, cfg.steps, rows, pictures)
+
+
+class Held:
+    """Rows in memory."""
+
+    blocks: Sequence[int] = ()
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._rows[index]
+
+
+def open_source(cfg: SourceConfig) -> Source:
+    """Opens a source; files of it without a row are told.
+
+    Raises:
+      ConfigError: it cannot be read.
+    """
+    source = Source(cfg)
+    if source.empty:
+        shown = ", ".join(source.empty[:3]) + (", ..." if len(source.empty) > 3 else "")
+        print(
+            f"data source {cfg.name!r}: {len(source.empty)} empty files: {shown}", file=sys.stderr
+        )
+    return source
+
+
+def encoder(
+    source: SourceConfig, tokenizer: Tokenizer, data: DataConfig
+) -> Callable[[Record], Example | Skipped]:
+    """What makes examples of a source's rows."""
+    if source.kind == "chat":
+        field = source.field or "messages"
+        return ChatEncoder(tokenizer, field, data.sequence_length, source.thinking)
+    return TextEncoder(tokenizer, source.field or "text")
+
+
+def sample_texts(data: DataConfig, seed: int = 0) -> Iterator[str]:
+    """Texts of all sources in turn, in a random order, some fifty million characters of them."""
+    sources = [ordered(open_source(s), _text_of(s), seed, 0, 1) for s in data.sources]
+    left = _SAMPLE
+    for place in range(max(map(len, sources))):
+        for source in sources:
+            text = source[place] if place < len(source) else ""
+            yield text
+            left -= len(text)
+        if left < 0:
+            return
+
+
+def _text_of(source: SourceConfig) -> Callable[[Record], Any]:
+    def text(record: Record) -> str:
+        value = record.row.get(source.field or ("messages" if source.kind == "chat" else "text"))
+        if source.kind == "text":
+            return value if isinstance(value, str) else ""
+        try:
+            return render_chat(value or (), reply=False)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return ""  # Told and counted when it is read for training.
+
+    return text
+
+
+def _ordered(
+    rows: Rows,
+    encode: Callable[[Any], Example | Skipped],
+    source: SourceConfig,
+    cfg: JobConfig,
+    stream: int,
+) -> Any:
+    try:
+        return ordered(rows, encode, cfg.seed, stream, cfg.data.streams)
+    except ConfigError as error:
+        raise ConfigError(f"data source {source.name!r}: {error}") from None
+
+
+def _start_weights(data: DataConfig, given: Mapping[str, float] | None) -> Mapping[str, float]:
+    mixture = {source.name: source.weight for source in data.sources}
+    if given is None:
+        return mixture
+    start = {name: float(given.get(name, 0.0)) for name in mixture}
+    if not sum(start.values()) > 0:
+        raise ConfigError(
+            f"a stage starts with weights of {', '.join(given)}; its mixture has none of them: "
+            f"{', '.join(mixture)}"
+        )
+    return start
+
+
+def _streams(
+    cfg: JobConfig,
+    mixture: Callable[[int], Mixture],
+    steps: int,
+    rows: np.ndarray | None,
+    pictures: Pictures | None = None,
+) -> Streams:
     data = cfg.data
-    return packed_batches(
-        examples,
-        data.sequence_length,
-        data.batch_size,
-        cfg.seed,
-        streams=data.streams,
-        rows=rows,
-        pictures=pictures,
+    total = steps * data.batch_size // data.streams
+
+    def make(stream: int) -> PackedRows:
+        return PackedRows(mixture(stream), data.sequence_length, total, pictures)
+
+    every = np.arange(data.batch_size)
+    return Streams(
+        make, data.streams, data.batch_size, every if rows is None else rows, data.prefetch
     )
-
-
-def _pieces(documents: list[str], tokenizer: Tokenizer, length: int) -> list[Example]:
-    """Documents, each closed by the end token, cut where they exceed a row."""
-    pieces = []
-    for document in documents:
-        ids = [*tokenizer.encode(document), tokenizer.eos_id]
-        for start in range(0, len(ids), length):
-            piece = ids[start : start + length]
-            pieces.append(Example(piece, [1] * len(piece)))
-    return pieces

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
 
 from mmjax.chat import THINK_END, THINK_START, render_chat
 from mmjax.config import ConfigError
-from mmjax.tokenizer import EOS
-from train.config import RewardsConfig
+from mmjax.tokenizer import EOS, Tokenizer
+from train.config import JobConfig, RewardsConfig
+from train.data.examples import Example
 from train.data.sources import Family, Problem, parse_task
 from train.data.worked import WORKED
 from train.rewards.sources import open_source
@@ -139,3 +143,40 @@ def worked_solution(problem: Problem, *, thinking: bool = True) -> str:
         )
     steps = WORKED[name].think(problem.question) if thinking else ""
     return f"{THINK_START}{steps}{THINK_END}\n\n{problem.answer}{EOS}"
+
+
+def worked_texts(cfg: JobConfig) -> Iterator[str]:
+    """Prompts with their worked solutions, of the problems that a job is fine-tuned on."""
+    for problem in _training_problems(cfg):
+        yield prompt_text(problem) + worked_solution(problem)
+
+
+def worked_examples(cfg: JobConfig, tokenizer: Tokenizer) -> list[Example]:
+    """The same as examples; only the solution is predicted.
+
+    Raises:
+      ConfigError: a solution does not fit a row.
+    """
+    problems, length = _training_problems(cfg), cfg.data.sequence_length
+    direct = np.random.default_rng(cfg.seed).random(len(problems)) < cfg.data.direct_share
+    examples = []
+    for problem, answer_at_once in zip(problems, direct, strict=True):
+        prompt = tokenizer.encode(prompt_text(problem))
+        solution = tokenizer.encode(worked_solution(problem, thinking=not answer_at_once))
+        if len(prompt) + len(solution) > length:
+            raise ConfigError(
+                f"a worked solution takes {len(prompt) + len(solution)} tokens, "
+                f"data.sequence_length is {length}: {problem.question!r}"
+            )
+        examples.append(Example(prompt + solution, [0] * len(prompt) + [1] * len(solution)))
+    return examples
+
+
+def _training_problems(cfg: JobConfig) -> ReasoningProblems:
+    data = cfg.data
+    return _problems(data.tasks, data.size, cfg.cispo.eval_problems, cfg.seed)
+
+
+@lru_cache(maxsize=1)  # The tokenizer and the examples are made of the same ones.
+def _problems(tasks: tuple[str, ...], size: int, held_out: int, seed: int) -> ReasoningProblems:
+    return split_problems(tasks, size, held_out, seed)[0]

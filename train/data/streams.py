@@ -1,17 +1,20 @@
 """Batches whose rows come from several independent streams, so that processes can share the work.
 
-Stream s of S fills rows s·B/S to (s+1)·B/S of every batch and reads every S-th example. Which
-process reads which stream follows from the mesh; the batches are the same for any number of
-processes, and so are the checkpoints.
+Stream s of S fills rows s·B/S to (s+1)·B/S of every batch and reads a part of every source that is
+its own. Which process reads which stream follows from the mesh; the batches are the same for any
+number of processes, and so are the checkpoints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import grain
 import numpy as np
+from grain.experimental import ThreadPrefetchIterDataset
 
 type Batch = dict[str, np.ndarray]
 
@@ -32,32 +35,43 @@ class Resumable(Protocol):
         """Back to a place."""
 
 
-class Streams:
+class Streams(grain.DatasetIterator):
     """Batches of B rows from S streams, of which this process reads those that it needs.
 
+    Each stream reads ahead in a thread of its own.
+
     Args:
-      make: Stream s of `count`, as batches of B / S rows.
+      make: Rows of stream s of `count`.
       count: S, a divisor of B.
       batch: B.
       rows: Rows of a batch that this process needs; the others come as zeros.
+      prefetch: Batches that a stream has ready in advance.
     """
 
     def __init__(
         self,
-        make: Callable[[int], grain.DatasetIterator[Batch]],
+        make: Callable[[int], grain.IterDataset],
         count: int,
         batch: int,
         rows: np.ndarray,
+        prefetch: int = 2,
     ) -> None:
+        super().__init__()
+        self._streams: dict[int, grain.DatasetIterator] = {}
         self._count, self._size = count, batch // count
         needed = sorted({int(row) // self._size for row in rows})
-        self._streams = {s: make(s) for s in needed}
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self
+        def ahead(s: int) -> grain.DatasetIterator:
+            batches = make(s).batch(self._size, drop_remainder=True)
+            return iter(ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch))
+
+        self._streams = {s: ahead(s) for s in needed}
+        self._waited = self._fill = 0.0
 
     def __next__(self) -> Batch:
+        started = time.perf_counter()
         parts = {s: next(stream) for s, stream in self._streams.items()}
+        self._waited = time.perf_counter() - started
         first = next(iter(parts.values()))
         whole = {
             k: np.zeros((self._count * len(x), *x.shape[1:]), x.dtype) for k, x in first.items()
@@ -65,6 +79,8 @@ class Streams:
         for s, part in parts.items():
             for name, x in part.items():
                 whole[name][s * self._size : (s + 1) * self._size] = x
+        own = np.concatenate([part["segment_ids"] for part in parts.values()])
+        self._fill = np.count_nonzero(own) / own.size
         return whole
 
     def get_state(self) -> dict[str, Any]:
@@ -75,3 +91,34 @@ class Streams:
         """Back to a place; raises KeyError for a stream that the state does not know."""
         for s, stream in self._streams.items():
             stream.set_state(state[str(s)])
+
+    def go_on(self, after: Mapping[str, Any]) -> None:
+        """Starts a stage where the one before it stopped, whose state `after` is."""
+        self.set_state({s: state | {"rows": 0} for s, state in after.items()})
+
+    def close(self) -> None:
+        """Ends the threads."""
+        for stream in self._streams.values():
+            stream.close()
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last batch: seconds that it was waited for, share of its tokens that are no
+        padding; and documents so far that were skipped or changed, of this process's streams.
+        """
+        told = {"data/wait": self._waited, "data/fill": self._fill}
+        kinds: Counter[str] = Counter()
+        for key, count in counts(self.get_state()).items():
+            kinds[key.rpartition("/")[2]] += count
+        return told | {f"data/{kind}": float(kinds[kind]) for kind in KINDS if kinds[kind]}
+
+
+# What `counts` may tell of a source, beside its documents and tokens.
+KINDS = ("malformed", "empty", "too_long", "undecodable", "cut")
+
+
+def counts(state: Mapping[str, Any]) -> Counter[str]:
+    """What happened to documents, by SOURCE/KIND, in all streams of a state."""
+    total: Counter[str] = Counter()
+    for stream in state.values():
+        total.update(stream["mixture"]["counts"])
+    return total

@@ -1,0 +1,149 @@
+"""Rows to examples: token ids, and which of them are to be predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mmjax.chat import THINK_END, THINK_START, chat_turns
+from mmjax.tokenizer import Tokenizer
+from train.data.documents import Record
+
+
+class Example(NamedTuple):
+    """ids of one document, and 1 for each that is to be predicted.
+
+    With pictures: `tiles` are numbers of their tiles, and `features` gives for each token the row
+    of `Vision.features` of these tiles, -1 for a token of text. `undecodable`: of its bytes, some
+    came as U+FFFD.
+    """
+
+    ids: Sequence[int] | np.ndarray
+    loss_mask: Sequence[int] | np.ndarray
+    tiles: Sequence[int] = ()
+    features: Sequence[int] = ()
+    undecodable: bool = False
+
+
+class Skipped(NamedTuple):
+    """A row that makes no example: "malformed", "empty" or "too_long", and what to tell."""
+
+    kind: str
+    message: str
+
+
+class TextEncoder:
+    """Documents of a field, each closed by the end token; all of it is predicted.
+
+    Args:
+      tokenizer: Of the model.
+      field: That holds the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, field: str) -> None:
+        self._tokenizer, self._field = tokenizer, field
+
+    def __call__(self, record: Record) -> Example | Skipped:
+        """The example, or why there is none."""
+        wrong = _unusable(record) or self._wrong(record)
+        if wrong is not None:
+            return wrong
+        ids = [*self._tokenizer.encode(record.row[self._field]), self._tokenizer.eos_id]
+        # Lists of numbers would take ten times the memory while they wait.
+        mask = np.ones(len(ids), np.int8)
+        return Example(np.asarray(ids, np.int32), mask, undecodable=record.undecodable)
+
+    def _wrong(self, record: Record) -> Skipped | None:
+        text = record.row.get(self._field)
+        if not isinstance(text, str):
+            told = f"{record.place}: {self._field!r} is {text!r:.80}, expected a string"
+            return Skipped("malformed", told)
+        if not text.strip():
+            return Skipped("empty", f"{record.place} has no text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # "\\ud800" is JSON, but half a character
+            return Skipped("malformed", f"{record.place}: {error}")
+        return None
+
+
+class ChatEncoder:
+    """Chats in M1's template; what the assistant writes is predicted, its end token included.
+
+    What stands before a turn of the assistant's is encoded apart from it, as a prompt is.
+
+    Args:
+      tokenizer: Of the model.
+      field: That holds the messages; the row's "tools" are taken too.
+      length: T, beyond which a chat is skipped: a part of it would be an answer without its
+        question.
+      thinking: "keep", or "drop" the assistant's.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, field: str, length: int, thinking: str) -> None:
+        self._tokenizer, self._field = tokenizer, field
+        self._length, self._thinking = length, thinking
+
+    def __call__(self, record: Record) -> Example | Skipped:
+        """The example, or why there is none."""
+        wrong = _unusable(record)
+        if wrong is not None:
+            return wrong
+        try:
+            ids, mask = self._encoded(record.row)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            return Skipped("malformed", f"{record.place}: {error}")
+        if not any(mask):
+            return Skipped("empty", f"{record.place} has no turn of the assistant's")
+        if len(ids) > self._length:
+            told = f"{record.place} takes {len(ids)} tokens, data.sequence_length {self._length}"
+            return Skipped("too_long", told)
+        arrays = np.asarray(ids, np.int32), np.asarray(mask, np.int8)
+        return Example(*arrays, undecodable=record.undecodable)
+
+    def _encoded(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        messages = row.get(self._field)
+        if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
+            raise ValueError(f"{self._field!r} is {messages!r:.80}, expected a list of messages")
+        ids: list[int] = []
+        mask: list[int] = []
+        before = self._tokenizer.document_start
+
+        def add(text: str, predicted: int) -> None:
+            new = self._tokenizer.encode(text)
+            ids.extend(new)
+            mask.extend([predicted] * len(new))
+
+        shown = [self._shown(message) for message in messages]
+        for turn in chat_turns(shown, tools=row.get("tools") or ()):
+            if not turn.stop:
+                before += turn.text
+                continue
+            add(before + turn.text[: turn.start], 0)
+            add(turn.text[turn.start : turn.stop], 1)
+            before = turn.text[turn.stop :]
+        return ids, mask
+
+    def _shown(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        """An assistant's message with its thinking in the text, or without any."""
+        content = message.get("content")
+        if message.get("role") != "assistant" or not isinstance(content, str | None):
+            return message
+        text, thought = content or "", message.get("reasoning_content")
+        if self._thinking == "drop":
+            _, closed, after = text.partition(THINK_END)
+            text = after.lstrip() if closed else text
+        elif thought:
+            text = f"{THINK_START}{thought.strip()}\n{THINK_END}\n\n{text}"
+        calls = message.get("tool_calls")
+        return dict(message) | {"content": text or (None if calls else ""), "tool_calls": calls}
+
+
+def _unusable(record: Record) -> Skipped | None:
+    if not record.problem:
+        return None
+    if record.problem == "empty":
+        return Skipped("empty", f"{record.place} is empty")
+    return Skipped("malformed", f"{record.place} {record.problem}")
