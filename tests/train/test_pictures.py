@@ -18,9 +18,9 @@ from mmjax.vision.tiles import normalise, tiles
 from tests.train.programs import lenient
 from train import pictures as task
 from train import sft
-from train.config import DataConfig, OptimizerConfig, build
+from train.config import DataConfig, JobConfig, OptimizerConfig, build
+from train.data.examples import Example
 from train.data.openmoji import main as make_openmoji
-from train.data.packing import Example, packed_batches
 from train.data.pictures import (
     answer_text,
     load_image,
@@ -29,6 +29,7 @@ from train.data.pictures import (
     read_pictures,
     split_pictures,
 )
+from train.data.pipeline import example_stream
 from train.data.tokenizer import train_tokenizer
 from train.gallery import Answer, write_gallery
 from train.optimizer import make_optimizer
@@ -43,7 +44,7 @@ VISION = {
     "patch_size": 4,
 }
 LAYERS = {"num_layers": 2, "layer_types": ("lightning", "softmax")}
-DATA = DataConfig(source="pictures", sequence_length=128, tiles_per_row=8)
+DATA = DataConfig(source="pictures", sequence_length=128, batch_size=2, tiles_per_row=8)
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +99,15 @@ def test_folders_that_are_wrong(folder, tmp_path, tokenizer, vision):
         picture_examples(read_pictures(folder), tokenizer, vision, short)
 
 
+def batches(examples, data, store=None):
+    return example_stream(examples, JobConfig("sft", 1, data=data), pictures=store)
+
+
 def test_packed_tokens_find_their_own_pictures(folder, tokenizer, vision):
     """Each image token's feature is the one that its picture alone has."""
     pictures = read_pictures(folder)
     examples, store = picture_examples(pictures, tokenizer, vision, DATA)
-    batch = next(packed_batches(examples, 128, 2, 0, pictures=store))
+    batch = next(batches(examples, DATA, store))
     assert batch["tiles"].dtype == np.uint8
     assert batch["tiles"].shape == (2, 8, 8, 8, 3)
     by_answer = {tuple(e.ids): i for i, e in enumerate(examples)}
@@ -126,7 +131,7 @@ def test_packed_tokens_find_their_own_pictures(folder, tokenizer, vision):
 
 
 def test_packing_without_pictures_has_none(tokenizer):
-    batch = next(packed_batches([Example([1, 2, 3], [1, 1, 1])] * 9, 8, 2, 0))
+    batch = next(batches([Example([1, 2, 3], [1, 1, 1])] * 9, DataConfig(sequence_length=8)))
     assert set(batch) == {"tokens", "segment_ids", "positions", "loss_mask"}
 
 
