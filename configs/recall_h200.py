@@ -85,7 +85,7 @@ def get_config(kind: str = "hybrid") -> ConfigDict:
                 "samples": 12,
             },
             "optimizer": {
-                "learning_rate": 1.5e-3,
+                "learning_rate": 1e-3,
                 "warmup_steps": 100,
                 "decay": "cosine",
                 "final_ratio": 0.05,

@@ -10,7 +10,7 @@ runs are kept and stopped ones resumed.
 Hardware and time: two CPU cores, about half an hour. Expected: docs/scaling.md has what was
 measured.
 
-Source: MiniMax-01 (arXiv 2501.08313), section on scaling laws, at a millionth of its compute.
+Source: MiniMax-01 (arXiv 2501.08313), section on scaling laws, far below its compute.
 """
 
 import sysconfig

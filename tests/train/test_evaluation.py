@@ -176,7 +176,7 @@ def test_workdir_is_evaluated_by_hand(job, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_engine_answers_and_text_is_measured_by_hand(job, tmp_path):
-    (tmp_path / "a.txt").write_text("The old baker follows the fox. " * 9)
+    (tmp_path / "a.txt").write_text("The old baker follows the fox. " * 12)
     common = ["--model", str(job), "--lengths", "128", "--depths", "1", "--samples", "1"]
     common += ["--out", str(tmp_path)]
     assert main([*common, "--task", "niah(digits=3)", "--generate"]) == 0
