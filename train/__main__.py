@@ -73,10 +73,12 @@ def main(argv: list[str]) -> None:
     from mmjax.engine import RequestError
     from mmjax.sharding import ShardingError
     from mmjax.tokenizer import TokenizerError
+    from train.allocator import keep_freed_memory
     from train.config import build
     from train.gin_overlay import apply_gin
 
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
+    keep_freed_memory()
     try:
         explicit = list(config_flags.get_override_values(flags.FLAGS["config"]))
         apply_gin(_CONFIG.value, _GIN.value, explicit)
