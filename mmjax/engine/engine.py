@@ -496,6 +496,7 @@ class Engine:
         tokens, places = np.zeros((rows, size), np.int32), np.full((rows, 3), (-1, 0, 0), np.int32)
         table = np.zeros((rows, self._memory.table.shape[1]), np.int32)
         for row, (sample, start, end, _) in enumerate(chunks):
+            assert sample.slot is not None
             tokens[row, : end - start] = sample.tokens()[start:end]
             places[row] = sample.slot, start, end - start
             table[row] = self._memory.table[sample.slot]
