@@ -7,7 +7,7 @@ SEED := 0
 GPU_PYTHON := python3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow gpu-test lint types wheel-check clean
+.PHONY: help demo test test-slow gpu-test lint types wheel-check docs commands colabs release clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -16,7 +16,7 @@ demo: .venv/.stamp ## Train and reinforce a tiny M1 into runs/demo-SEED (make de
 	$(BIN)/python -m train.demo --workdir=runs/demo-$(SEED) --seed=$(SEED)
 
 test: .venv/.stamp ## Run the tests (CPU)
-	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow" tests
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow and not commands and not colabs" tests
 
 test-slow: .venv/.stamp ## Compile for TPUs ahead; kill and resume jobs of several processes
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m slow tests
@@ -35,8 +35,21 @@ types: .venv/.stamp ## Check types with mypy
 wheel-check: .venv/.stamp ## Build the wheel, install it apart and use it outside the checkout
 	$(BIN)/python -m pytest tests/test_packaging.py -k wheel
 
+docs: .venv/.docs ## Build the docs site into site/, without a warning or a dead link
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+commands: .venv/.docs ## Run every command of README.md and docs/ as it is printed
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m commands tests/docs
+
+# Small and compiled in a hurry: what they claim is checked, not how fast it is.
+colabs: .venv/.docs ## Run the Colabs at their small setting, and compare them with their notebooks
+	$(BIN)/python -m pytest -m colabs tests/docs
+
+release: .venv/.stamp ## Build and try a release; TAG=1 tags it (make release VERSION=0.1.0)
+	scripts/release.sh "$(VERSION)" $(if $(TAG),--tag)
+
 clean: ## Remove .venv, build output and caches (runs/ stays)
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ensurepip is asked for too, because some systems ship Python without what `-m venv` needs.
@@ -58,4 +71,9 @@ clean: ## Remove .venv, build output and caches (runs/ stays)
 	  $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --no-deps \
 	    -c constraints.txt --target .venv/libtpu libtpu; \
 	fi
+	@touch $@
+
+.venv/.docs: .venv/.stamp
+	$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check \
+	  -c constraints.txt -e '.[docs]'
 	@touch $@

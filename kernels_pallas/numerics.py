@@ -6,6 +6,16 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+PRODUCT = "product"
+
+
+def product(x: jax.Array) -> jax.Array:
+    """x, marked as the result of a matrix product, which `jax.checkpoint` may be told to keep."""
+    marked: jax.Array = checkpoint_name(x, PRODUCT)
+    return marked
+
 
 # Score of a key that a query does not see; its weight is set to zero besides.
 MASKED = -1e30

@@ -138,7 +138,7 @@ def _passes_of(
 
     return {
         "forward": lambda lhs, rhs, sizes, d_out: product(lhs, rhs, sizes, 1),
-        "swiglu": lambda lhs, rhs, sizes, d_out: swiglu(lhs, rhs, rhs[::-1], sizes, 1),
+        "swiglu": lambda lhs, rhs, sizes, d_out: swiglu(lhs, rhs, rhs[::-1], sizes, None, 1),
         "d_lhs": d_lhs,
         "d_rhs": d_rhs,
     }

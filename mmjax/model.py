@@ -14,9 +14,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.lightning_attention.clock import number_segments
+from kernels_pallas.numerics import PRODUCT
 from mmjax.config import LIGHTNING, SOFTMAX, ModelConfig
 from mmjax.layers.block import Block, Cache, Context, LayerIndex, empty_stats
 from mmjax.layers.embed import Embed, Head, tied_logits
+from mmjax.layers.fused_softmax import PRIMITIVE as FUSED_ATTENTION
 from mmjax.layers.lightning import decay_rates
 from mmjax.layers.moe import MoE, RouterStats, load_balancing_loss
 from mmjax.layers.norm import RMSNorm
@@ -25,7 +27,7 @@ from mmjax.sharding import constrain
 from mmjax.vision.config import VisionConfig
 from mmjax.vision.tower import Vision
 
-REMAT = ("super_block", "layer", "none")
+REMAT = ("super_block", "layer", "products", "none")
 
 
 class Aux(NamedTuple):
@@ -92,8 +94,9 @@ class Decoder(nnx.Module):
       cfg: The architecture.
       rngs: Source of the initial parameters.
       remat: What the backward pass finds stored: "super_block" (the input of each super-block,
-        for large models), "layer" (the input of each layer), or "none" (everything kept, nothing
-        computed twice). Where layers' inputs fit, their runs are unrolled as well.
+        for large models), "layer" (the input of each layer), "products" (also the results of matrix
+        products and of attention, so that none is computed twice), or "none" (all that JAX keeps).
+        Where layers' inputs fit, their runs are unrolled as well.
     """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, remat: str = "super_block") -> None:
@@ -231,7 +234,7 @@ class Decoder(nnx.Module):
             return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
 
         if cache is None and self.remat != "none":
-            layer = jax.checkpoint(layer)
+            layer = jax.checkpoint(layer, policy=_POLICIES.get(self.remat))
         if isinstance(self.blocks, nnx.List):
             carry, each = (h, cache), []
             for block, index in zip(self.blocks, _in_order(indices), strict=True):
@@ -244,6 +247,16 @@ class Decoder(nnx.Module):
         carry, outs = _scan(body, (h, cache), (self.blocks, indices))
         stats, inputs = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outs)
         return *carry, stats, inputs
+
+
+def _keep_products(primitive: Any, *args: Any, **params: Any) -> bool:
+    named = jax.checkpoint_policies.save_only_these_names(PRODUCT)
+    # A sort is no product, but small results of a slow one are worth as much.
+    kept = str(primitive).startswith((FUSED_ATTENTION, "top_k"))
+    return kept or bool(named(primitive, *args, **params))
+
+
+_POLICIES = {"products": _keep_products}
 
 
 def _with_images(h: jax.Array, images: ImageTokens) -> jax.Array:
@@ -311,9 +324,13 @@ def _scan(
     leading = jax.tree.leaves(xs)[0].shape[0]
     if leading > 1 and not unroll:
         return jax.lax.scan(body, carry, xs)
+    # The transpose of a split is one concatenation, that of many slices is as many paddings.
+    leaves, structure = jax.tree.flatten(xs)
+    parts = [jax.lax.split(x, (1,) * leading) for x in leaves]
     outs = []
     for i in range(leading):
-        carry, out = body(carry, jax.tree.map(lambda x, i=i: x[i], xs))
+        step = jax.tree.unflatten(structure, [part[i][0] for part in parts])
+        carry, out = body(carry, step)
         outs.append(out)
     return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outs)
 

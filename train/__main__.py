@@ -10,7 +10,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 SECTIONS = (
-    *("model", "mesh", "sharding", "data", "optimizer", "checkpoint"),
+    *("model", "mesh", "sharding", "data", "optimizer", "checkpoint", "evaluation"),
     *("cispo", "sampling", "curriculum", "asynchronous", "alerts", "rewards"),
 )
 # Any key of the job may be set on the command line, whether or not the file names it; `build`

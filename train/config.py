@@ -19,6 +19,7 @@ from mmjax.config import ConfigError, ModelConfig
 from mmjax.model import REMAT
 from mmjax.sharding import DEFAULT_RULES, ShardingError, ShardingRules
 from mmjax.vision import VisionConfig
+from train import stages
 from train.cispo_config import (
     ALGORITHMS,
     NORMALISERS,
@@ -46,6 +47,12 @@ class OptimizerConfig:
       final_ratio: Final rate over peak.
       b1, b2, eps, weight_decay: AdamW's. M1 found gradients of 1e-18 to 1e-5, hence eps 1e-15.
       clip_norm: Largest global gradient norm; 0 for no clipping.
+      moments: dtype in which AdamW's moments are kept, "float32" or "bfloat16"; empty for that of
+        the parameters.
+      rounding: How bfloat16 parameters take updates below their last bit: "nearest" loses them,
+        "master" keeps a float32 copy that does not, "stochastic" rounds up or down by chance.
+      microbatches: Parts of a batch that go through the model one after the other.
+      z_loss: Coefficient of the squared logsumexp of the logits; 0 for none.
       frozen: Patterns of parameters that stay as they are: ("vision.*",) for the vision tower and
         its projector, which jobs without pictures never train.
 
@@ -62,7 +69,40 @@ class OptimizerConfig:
     eps: float = 1e-15
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    moments: str = ""
+    rounding: str = "nearest"
+    microbatches: int = 1
+    z_loss: float = 0.0
     frozen: tuple[str, ...] = ()
+
+
+FORMATS = ("", "jsonl", "text", "parquet", "arrayrecord", "datasets", "stdlib")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One source of a mixture; docs/data.md describes the formats.
+
+    Attributes:
+      name: By which metrics and checkpoints know it.
+      paths: Files or folders, or glob patterns of them; none for "stdlib".
+      format: "jsonl", "text", "parquet", "arrayrecord", "datasets" (a folder of `save_to_disk`),
+        "stdlib" (the source of Python's standard library), or "" to go by each path's suffix.
+      weight: Share of the tokens, over the sum of all sources' weights; 0 rests.
+      kind: "text", all of which is predicted, or "chat", of which the assistant's turns are.
+      field: Of a row; empty for "text", or "messages" of a chat.
+      thinking: Of chats: "keep" or "drop" the assistant's.
+      encoding: Of text and JSONL files that do not start with a byte order mark.
+    """
+
+    name: str
+    paths: tuple[str, ...] = ()
+    format: str = ""
+    weight: float = 1.0
+    kind: str = "text"
+    field: str = ""
+    thinking: str = "keep"
+    encoding: str = "utf-8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +110,12 @@ class DataConfig:
     """What a pretrain or sft job reads.
 
     Attributes:
-      source: "text" (files of plain text or JSONL), "reasoning" (worked solutions of `tasks`), or
-        "pictures" (with captions, for sft).
+      source: "text" (files of plain text or JSONL), "reasoning" (worked solutions of `tasks`),
+        "pictures" (with captions, for sft), or "recall" (synthetic tasks, for sft).
       paths: For "text": files, or glob patterns. For "pictures": one folder, see
         `train.data.pictures`.
-      tasks: For "reasoning" and cispo: tasks as docs/rewards.md names them.
+      tasks: For "reasoning" and cispo: tasks as docs/rewards.md names them. For "recall": those of
+        docs/evaluation.md.
       size: For "reasoning": problems to draw from.
       direct_share: For "reasoning": share of the solutions that answer without thinking, so that
         reinforcement has to find out which way pays.
@@ -89,6 +130,7 @@ class DataConfig:
     """
 
     source: str = "text"
+    mixture: tuple[SourceConfig, ...] = ()
     paths: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     size: int = 20000
@@ -146,18 +188,53 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What a pretrain or sft job is asked on the way; docs/evaluation.md has the tasks.
+
+    Attributes:
+      every: Steps between evaluations, of which the last step has one too; 0 for none.
+      tasks: Synthetic tasks, such as "niah(keys=4)".
+      lengths: Tokens of a prompt with its answer; empty for data.sequence_length.
+      depths: Depths of the needle, evenly from the start of the haystack to its end.
+      samples: Of a task at each length and depth.
+      paths: Files of held-out text, or glob patterns, for the perplexity by position.
+      rows: Stretches of them, each as long as the longest of the lengths where there are such.
+    """
+
+    every: int = 0
+    tasks: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
+    depths: int = 5
+    samples: int = 8
+    paths: tuple[str, ...] = ()
+    rows: int = 64
+
+
+def check_evaluation(cfg: EvaluationConfig) -> list[str]:
+    """What is wrong with the values."""
+    numbers = {"depths": cfg.depths, "samples": cfg.samples, "rows": cfg.rows}
+    numbers |= {f"lengths[{i}]": length for i, length in enumerate(cfg.lengths)}
+    wrong = [f"evaluation.{k} must be positive, got {v}" for k, v in numbers.items() if v < 1]
+    if cfg.every < 0:
+        wrong.append(f"evaluation.every must be 0 (never) or above, got {cfg.every}")
+    return wrong
+
+
+@dataclasses.dataclass(frozen=True)
 class JobConfig:
     """One training job.
 
     Attributes:
       task: "pretrain", "sft" or "cispo".
-      steps: Updates; for cispo, rollout batches.
+      steps: Updates; for cispo, rollout batches. With stages they say it.
+      stages: Of the job one after the other; empty for one with the job's own settings.
       seed: Of everything random: initial weights, data order, sampling.
       model: Architecture; its vocab_size is raised to the tokenizer's.
       init_from: Model folder or workdir whose parameters (and tokenizer) the job starts from.
       activations: dtype of the activations where parameters that init_from names are of another;
         empty for theirs.
-      remat: What the backward pass recomputes, see `mmjax.Decoder`: "super_block", "layer", "none".
+      remat: What the backward pass recomputes, see `mmjax.Decoder`: "super_block", "layer",
+        "products", "none".
       mesh: Size of each mesh axis; empty puts all devices on `data`.
       sharding: Where parameters lie otherwise than by default: logical axes to mesh axes, and under
         `tensors` single parameters, see `ShardingRules.from_values`.
@@ -174,6 +251,7 @@ class JobConfig:
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
     sharding: ShardingRules = DEFAULT_RULES
     log_every: int = 1
+    stages: tuple[stages.StageConfig, ...] = ()
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     cispo: CispoConfig = dataclasses.field(default_factory=CispoConfig)
@@ -183,6 +261,7 @@ class JobConfig:
     alerts: AlertsConfig = dataclasses.field(default_factory=AlertsConfig)
     rewards: RewardsConfig = dataclasses.field(default_factory=RewardsConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
 
 SECTIONS: dict[str, type] = {
@@ -195,6 +274,7 @@ SECTIONS: dict[str, type] = {
     "alerts": AlertsConfig,
     "rewards": RewardsConfig,
     "checkpoint": CheckpointConfig,
+    "evaluation": EvaluationConfig,
 }
 # Read by functions of their own.
 _OTHER_SECTIONS = ("model", "mesh", "sharding")
@@ -223,6 +303,10 @@ def build(config: ConfigDict) -> JobConfig:
     sharding = _sharding(_section(raw, "sharding", problems), problems)
     job = _typed_fields(JobConfig, raw, "", problems, skip=set(_OTHER_SECTIONS) | set(SECTIONS))
     built = _model(model, problems)
+    if job.get("stages"):
+        found = stages.total_steps(job["stages"], values["data"])
+        if job.setdefault("steps", found) != found:
+            problems.append(f"steps = {job['steps']}, but the stages have {found}; leave steps out")
     for name in ("task", "steps"):
         if name not in job:
             problems.append(f"{name} is not set")
@@ -283,7 +367,11 @@ def _typed_fields(
         if key not in hints:
             problems.append(f"unknown key {prefix}{key}{_nearest(key, prefix, hints)}")
             continue
-        cast, ok = _coerce(value, hints[key])
+        try:
+            cast, ok = _coerce(value, hints[key])
+        except ConfigError as error:
+            problems.append(f"{prefix}{key}: {error}")
+            continue
         if not ok:
             name = getattr(hints[key], "__name__", str(hints[key]))
             problems.append(f"{prefix}{key} = {value!r} is no {name}")
@@ -305,13 +393,48 @@ def _coerce(value: Any, hint: Any) -> tuple[Any, bool]:
     for option in options:
         if typing.get_origin(option) is tuple:
             item = typing.get_args(option)[0]
-            ok = isinstance(value, list | tuple) and all(isinstance(v, item) for v in value)
-            return tuple(value) if ok else value, ok
+            if not isinstance(value, list | tuple):
+                return value, False
+            items = [_coerce(v, item) for v in value]
+            return tuple(v for v, _ in items), all(ok for _, ok in items)
+        if dataclasses.is_dataclass(option):
+            return _coerce_section(value, typing.cast(type, option))
+        if typing.get_origin(option) is Mapping:
+            return _coerce_weights(value)
     if float in options and isinstance(value, int) and not isinstance(value, bool):
         return float(value), True
     if isinstance(value, bool):
         return value, bool in options
     return value, isinstance(value, options)
+
+
+def _coerce_section(value: Any, section: type) -> tuple[Any, bool]:
+    """An item of a tuple of sections.
+
+    Raises:
+      ConfigError: it has unknown keys, lacks one, or has a value of a wrong type.
+    """
+    if isinstance(value, ConfigDict):
+        value = value.to_dict()
+    if not isinstance(value, Mapping):
+        return value, False
+    problems: list[str] = []
+    typed = _typed_fields(section, dict(value), "its ", problems)
+    for field in dataclasses.fields(section):
+        needed = dataclasses.MISSING is field.default is field.default_factory
+        if needed and field.name not in value:
+            problems.append(f"{field.name} is not set in {value!r}")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return section(**typed), True
+
+
+def _coerce_weights(value: Any) -> tuple[Any, bool]:
+    """A mapping of names to numbers, as floats."""
+    if not isinstance(value, Mapping):
+        return value, False
+    ok = all(isinstance(x, int | float) and not isinstance(x, bool) for x in value.values())
+    return {k: float(x) for k, x in value.items()} if ok else value, ok
 
 
 def _check(job: JobConfig) -> None:
@@ -320,8 +443,10 @@ def _check(job: JobConfig) -> None:
         "task": (job.task, ("pretrain", "sft", "cispo")),
         "remat": (job.remat, REMAT),
         "activations": (job.activations, ("", "float32", "bfloat16")),
-        "data.source": (job.data.source, ("text", "reasoning", "pictures")),
-        "optimizer.decay": (job.optimizer.decay, ("constant", "cosine", "linear", "exponential")),
+        "data.source": (job.data.source, ("text", "reasoning", "pictures", "recall")),
+        "optimizer.decay": (job.optimizer.decay, stages.DECAYS),
+        "optimizer.moments": (job.optimizer.moments, ("", "float32", "bfloat16")),
+        "optimizer.rounding": (job.optimizer.rounding, ("nearest", "master", "stochastic")),
         "cispo.algorithm": (job.cispo.algorithm, tuple(ALGORITHMS)),
         "cispo.anchor": (job.cispo.anchor, ("behaviour", "proximal")),
         "cispo.normaliser": (job.cispo.normaliser, ("", *NORMALISERS)),
@@ -333,6 +458,7 @@ def _check(job: JobConfig) -> None:
             problems.append(f"{name} = {value!r}; known: {', '.join(map(repr, known))}")
     positive = {
         "steps": job.steps,
+        "optimizer.microbatches": job.optimizer.microbatches,
         "data.batch_size": job.data.batch_size,
         "data.sequence_length": job.data.sequence_length,
         "data.streams": job.data.streams,
@@ -358,13 +484,11 @@ def _check(job: JobConfig) -> None:
         "alerts.patience": job.alerts.patience,
     }
     problems += [f"{n} must be positive, got {v}" for n, v in positive.items() if not v > 0]
+    problems += stages.problems(job)
+    if not problems:
+        problems += stages.division_problems(job)
     if job.task == "cispo" and not problems:
         problems += contradictions(job.cispo, job.sampling, job.asynchronous)
-    if job.data.streams > 0 and job.data.batch_size % job.data.streams:
-        problems.append(
-            f"data.batch_size {job.data.batch_size} is no multiple of data.streams "
-            f"{job.data.streams}; every stream fills whole rows"
-        )
     if job.data.source == "pictures" and (job.task != "sft" or len(job.data.paths) != 1):
         problems.append(
             f"data.source 'pictures' is for the task sft and one folder in data.paths, got task "
@@ -372,7 +496,8 @@ def _check(job: JobConfig) -> None:
         )
     if job.data.source == "text" and job.task != "cispo" and not job.data.paths:
         problems.append("data.source is 'text' but data.paths is empty")
-    if (job.data.source == "reasoning" or job.task == "cispo") and not job.data.tasks:
-        problems.append("data.tasks is empty; name at least one reasoning task")
+    if (job.data.source in ("reasoning", "recall") or job.task == "cispo") and not job.data.tasks:
+        problems.append("data.tasks is empty; name at least one task")
+    problems += check_evaluation(job.evaluation)
     if problems:
         raise ConfigError("job config: " + "; ".join(problems))

@@ -23,10 +23,10 @@ from mmjax.tokenizer import Tokenizer
 from train import distributed
 from train.checkpoint import Checkpoints
 from train.config import JobConfig
-from train.data.packing import Example, Pictures, packed_batches
-from train.data.streams import Resumable, Streams
+from train.data.streams import Resumable
 from train.metrics import Metrics
 from train.optimizer import make_optimizer
+from train.stages import Stage, resolve
 from train.state import TrainState, init_state
 
 type Scalars = Mapping[str, jax.Array | float]
@@ -53,6 +53,7 @@ class Job:
     ) -> None:
         self.cfg, self.workdir, self.tokenizer = cfg, workdir, tokenizer
         self.stop_signal: int | None = None
+        self.metrics: Metrics | None = None  # While it runs.
         # Set by a step: why the job is to stop after it, with a checkpoint.
         self.stop_reason: str | None = None
         self.mesh = make_mesh(cfg.mesh, devices)
@@ -63,7 +64,8 @@ class Job:
         self.frozen = cfg.optimizer.frozen
         if model.cfg.vision is not None and cfg.data.source != "pictures":
             self.frozen = (*self.frozen, "vision.*")  # Weight decay alone would move it.
-        self.optimizer = make_optimizer(cfg.optimizer, updates, self.frozen)
+        stages = resolve(cfg) if cfg.stages else ()
+        self.optimizer = make_optimizer(cfg.optimizer, updates, self.frozen, stages)
         with jax.set_mesh(self.mesh):
             self.graphdef, self.state = init_state(model, self.optimizer, cfg.seed)
         self.state = self._replicate_scalars(self.state)
@@ -101,6 +103,14 @@ class Job:
         made = draw()
         return nnx.merge(graphdef, made)
 
+    def enter(self, stage: Stage) -> None:
+        """Takes on the settings of a stage: the steps from here on are compiled for them."""
+        self.cfg = dataclasses.replace(self.cfg, data=stage.data, optimizer=stage.optimizer)
+        model = self.model
+        changes: dict[str, Any] = dict(stage.model)
+        model.cfg = dataclasses.replace(model.cfg, **changes)
+        self.graphdef, self.model_cfg = nnx.graphdef(model), model.cfg
+
     def _replicate_scalars(self, state: TrainState) -> TrainState:
         """Puts what is not a parameter's twin (step, counts, key) on the whole mesh."""
         everywhere = NamedSharding(self.mesh, PartitionSpec())
@@ -116,28 +126,18 @@ class Job:
         """The model with the parameters of the current state."""
         return nnx.merge(self.graphdef, self.state.params)
 
-    def packed_batches(
-        self, examples: Sequence[Example], pictures: Pictures | None = None
-    ) -> Streams:
-        """The job's batches; of rows that lie on no device of this process, it reads none.
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows of a batch that lie on a device of this process; it need not read others.
 
         Raises:
           ConfigError: the batch does not divide over the mesh.
         """
-        data = self.cfg.data
-        self._check_rows(data.batch_size)
-        placed = self.batch_sharding.addressable_devices_indices_map((data.batch_size,))
-        every = np.arange(data.batch_size)
-        rows = np.unique(np.concatenate([every[index] for index in placed.values()]))
-        return packed_batches(
-            examples,
-            data.sequence_length,
-            data.batch_size,
-            self.cfg.seed,
-            streams=data.streams,
-            rows=rows,
-            pictures=pictures,
-        )
+        count = self.cfg.data.batch_size
+        self._check_rows(count // self.cfg.optimizer.microbatches)
+        placed = self.batch_sharding.addressable_devices_indices_map((count,))
+        every = np.arange(count)
+        return np.unique(np.concatenate([every[index] for index in placed.values()]))
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Places a batch on the mesh, its first axis over the batch axes.
@@ -157,7 +157,7 @@ class Job:
         if rows % parts:
             raise ConfigError(
                 f"a batch of {rows} rows does not divide over data·expert = {parts} devices; "
-                "change the batch size or the mesh"
+                "change the batch size, the microbatches or the mesh"
             )
 
     def run(
@@ -196,6 +196,7 @@ class Job:
             ) as metrics,
             self._catch_signals(),
         ):
+            self.metrics = metrics
             if start:
                 metrics.console.print(f"resumed from step {start} of {cfg.steps}")
 

@@ -49,6 +49,7 @@ class Metrics:
             console=self.console,
             disable=not sys.stderr.isatty(),
         )
+        self._task = task
         self._bar = self._progress.add_task(task, total=steps, completed=start, metrics="")
 
     def __enter__(self) -> Metrics:
@@ -64,6 +65,11 @@ class Metrics:
         self._progress.stop()
         self._file.close()
         self._board.close()
+
+    def stage(self, name: str, told: str) -> None:
+        """Says which stage begins or goes on, and names it on the progress line."""
+        self.console.print(told, highlight=False, soft_wrap=True)
+        self._progress.update(self._bar, description=f"{self._task} {name}")
 
     def log(self, step: int, values: Mapping[str, float], *, show: bool = True) -> None:
         """Records the values of one step."""

@@ -26,6 +26,7 @@ from train.data.pictures import (
     read_pictures,
     split_pictures,
 )
+from train.data.pipeline import example_stream
 from train.gallery import Answer, write_gallery
 from train.job import Job
 from train.language import fit
@@ -55,7 +56,7 @@ def run(cfg: JobConfig, workdir: Path) -> Job:
     job = Job(cfg, workdir, tokenizer, cfg.steps)
     vision = _vision(job.model_cfg, tokenizer)
     examples, store = picture_examples(seen, tokenizer, vision, cfg.data)
-    fit(job, job.packed_batches(examples, store))
+    fit(job, lambda cfg, **_: example_stream(examples, cfg, rows=job.rows, pictures=store))
     if job.stop_signal is None and jax.process_count() == 1:
         report(name_pictures(job.model, tokenizer, held_out, cfg.data.question), workdir)
     return job

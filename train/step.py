@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,20 +13,26 @@ from flax import nnx
 
 from mmjax.model import Aux, Decoder, ImageTokens
 from mmjax.vision.tiles import MEAN, STD
-from train.losses import cross_entropy, token_logprobs
-from train.optimizer import is_frozen
+from train.losses import head_loss
+from train.optimizer import apply_updates, is_frozen
 from train.state import TrainState
 
 type Batch = dict[str, jax.Array]
 
 
-@partial(jax.jit, static_argnames=("graphdef", "optimizer", "frozen"), donate_argnames="state")
+@partial(
+    jax.jit,
+    static_argnames=("graphdef", "optimizer", "frozen", "microbatches", "z_loss"),
+    donate_argnames="state",
+)
 def language_step(
     graphdef: nnx.GraphDef[Decoder],
     optimizer: optax.GradientTransformation,
     state: TrainState,
     batch: Batch,
     frozen: tuple[str, ...] = (),
+    microbatches: int = 1,
+    z_loss: float = 0.0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One AdamW update on packed rows.
 
@@ -37,31 +44,72 @@ def language_step(
         where the token itself is to be predicted; with pictures also tiles and image_index, see
         `train.data.packing`.
       frozen: Patterns of parameters that get no gradient.
+      microbatches: Parts of B / microbatches rows that go through the model one after the other,
+        their gradients summed in float32. The loss is the mean over the whole batch's tokens, so
+        that any number of parts gives the same update; routers balance, and drop, within a part.
+      z_loss: See `train.losses.head_loss`.
     """
 
-    def loss_fn(params: nnx.State) -> tuple[jax.Array, tuple[jax.Array, Aux]]:
+    def loss_fn(
+        params: nnx.State, part: Batch, weights: jax.Array, share: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, Aux]]:
         model = nnx.merge(graphdef, without_gradient(params, frozen))
-        segments = batch["segment_ids"]
         out = model(
-            batch["tokens"],
-            positions=batch["positions"],
-            segment_ids=segments,
-            images=_image_tokens(model, batch),
+            part["tokens"],
+            positions=part["positions"],
+            segment_ids=part["segment_ids"],
+            images=_image_tokens(model, part),
             compute_logits=False,
         )
-        # The last token of a row predicts nothing, nor does one before another document.
-        targets = jnp.roll(batch["tokens"], -1, axis=1)
-        same = (segments == jnp.roll(segments, -1, axis=1)) & (segments != 0)
-        mask = jnp.roll(batch["loss_mask"], -1, axis=1) * same.astype(jnp.float32)
-        mask = mask.at[:, -1].set(0)
-        ce = cross_entropy(token_logprobs(model, out.hidden, targets), mask)
-        loss = ce + model.cfg.router_aux_loss_coef * out.aux.load_balancing_loss
-        return loss, (ce, out.aux)
+        targets = jnp.roll(part["tokens"], -1, axis=1)
+        loss, ce = head_loss(model, out.hidden, targets, weights, z_loss)
+        aux = jax.tree.map(lambda x: share * x, out.aux)
+        loss += model.cfg.router_aux_loss_coef * aux.load_balancing_loss
+        return loss, (ce, aux)
 
-    (loss, (ce, aux)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    weights = _loss_weights(batch)
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    if microbatches == 1:
+        (loss, (ce, aux)), grads = gradient(state.params, batch, weights, jnp.ones(()))
+    else:
+        (loss, (ce, aux)), grads = _accumulated(
+            gradient, state.params, batch, weights, microbatches
+        )
     state, norm = apply_gradients(optimizer, state, grads)
     metrics = {"loss": ce, "total_loss": loss, "grad_norm": norm, **router_metrics(aux)}
     return state._replace(step=state.step + 1), metrics
+
+
+def _loss_weights(batch: Batch) -> jax.Array:
+    """What the token after each position counts in the loss [B, T]; together they are 1."""
+    segments = batch["segment_ids"]
+    # The last token of a row predicts nothing, nor does one before another document.
+    same = (segments == jnp.roll(segments, -1, axis=1)) & (segments != 0)
+    mask = jnp.roll(batch["loss_mask"], -1, axis=1) * same.astype(jnp.float32)
+    mask = mask.at[:, -1].set(0)
+    return mask / jnp.maximum(jnp.sum(mask), 1)
+
+
+def _accumulated(
+    gradient: Callable[..., Any], params: nnx.State, batch: Batch, weights: jax.Array, parts: int
+) -> Any:
+    """Values and float32 gradients of a batch whose parts are taken one after the other."""
+
+    def split(x: jax.Array) -> jax.Array:
+        """[B, *] to [parts, B / parts, *], each part with rows of every device."""
+        return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    real = jnp.sum(batch["segment_ids"] != 0, axis=1).astype(jnp.float32)
+    share = split(real / jnp.maximum(jnp.sum(real), 1)).sum(1)
+    xs = (jax.tree.map(split, batch), split(weights), share)
+
+    def add(total: Any, x: tuple[Batch, jax.Array, jax.Array]) -> tuple[Any, None]:
+        found = gradient(params, *x)
+        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, found), None
+
+    shapes = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], xs))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    return jax.lax.scan(add, zeros, xs)[0]
 
 
 def _image_tokens(model: Decoder, batch: Batch) -> ImageTokens | None:
@@ -84,7 +132,7 @@ def apply_gradients(
 ) -> tuple[TrainState, jax.Array]:
     """One optimizer update; also returns the gradient norm before clipping."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = apply_updates(state.params, updates)
     # Squares of bfloat16 gradients are not to be summed in bfloat16.
     norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
     return state._replace(params=params, opt_state=opt_state), norm

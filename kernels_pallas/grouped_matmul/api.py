@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,9 @@ from kernels_pallas import dispatch, tuning
 from kernels_pallas.dispatch import Candidate
 from kernels_pallas.grouped_matmul import mosaic_gpu, mosaic_tpu
 from kernels_pallas.grouped_matmul.chunked import grouped_matmul_chunked
+from kernels_pallas.grouped_matmul.listed import listed_ffn_through
 from kernels_pallas.grouped_matmul.reference import grouped_matmul_reference
-from kernels_pallas.grouped_matmul.swiglu import swiglu_through
+from kernels_pallas.grouped_matmul.swiglu import swiglu_through, weighted
 
 type _Shaped = jax.Array | jax.ShapeDtypeStruct
 
@@ -73,19 +75,23 @@ def grouped_swiglu(
     w3: Float[Array, "E K N"],
     group_sizes: Int32[Array, " E"],
     *,
+    row_weights: Float[Array, "M 1"] | None = None,
     row_align: int = 1,
     implementation: str | None = None,
 ) -> Float[Array, "M N"]:
     """silu(lhs w1) (lhs w3), with the matrices of each contiguous group of rows.
 
-    Differentiable in lhs, w1 and w3. The kernels keep both products for the backward, in
-    lhs.dtype, and compute nothing twice; under `jax.checkpoint` they are computed again.
+    Differentiable in lhs, w1, w3 and row_weights. The kernels keep both products for the backward,
+    in lhs.dtype, and compute nothing twice; `jax.checkpoint` keeps them if its policy keeps what
+    `kernels_pallas.numerics.product` marks, and otherwise has them computed again.
 
     Args:
       lhs: Rows [M, K], group after group.
       w1: One matrix [K, N] for each of E groups, of the gate.
       w3: As w1, of what is gated.
       group_sizes: Rows of each group [E] int32, 0 allowed, sum <= M.
+      row_weights: What each row of the result is multiplied with [M, 1]; None for nothing. A sum
+        over experts weighted here needs none of their outputs for its gradient.
       row_align: As for `grouped_matmul`.
       implementation: As for `grouped_matmul`.
 
@@ -99,10 +105,16 @@ def grouped_swiglu(
     Source: GLU Variants Improve Transformer (arXiv 2002.05202), eq. 6, without its last product.
     """
     _check("grouped_swiglu", lhs, {"w1": w1, "w3": w3}, group_sizes, row_align)
+    if row_weights is not None and row_weights.shape != (lhs.shape[0], 1):
+        raise ValueError(
+            f"grouped_swiglu: row_weights {row_weights.shape} for {lhs.shape[0]} rows; "
+            "expected [M, 1]"
+        )
     target = dispatch.target(lhs, w1, w3)
 
     def on_tpu(*args: Any) -> jax.Array:
-        return mosaic_tpu.grouped_swiglu_mosaic_tpu(*args[:-1])
+        out = mosaic_tpu.grouped_swiglu_mosaic_tpu(*args[:-2])
+        return out if row_weights is None else weighted(out, row_weights)
 
     def on_gpu(*args: Any) -> jax.Array:
         passes = gpu_passes("swiglu", lhs, w1, target)
@@ -116,7 +128,81 @@ def grouped_swiglu(
         "reference": Candidate(swiglu_through(grouped_matmul_reference)),
     }
     run = dispatch.resolve("grouped_swiglu", implementation, candidates)
-    return run(lhs, w1, w3, group_sizes, row_align)
+    return run(lhs, w1, w3, group_sizes, row_weights, row_align)
+
+
+# Rows that `listed_ffn` takes: as many as a kernel multiplies with a matrix at least.
+LISTED_ROWS = 64
+
+
+def listed_ffn(
+    x: Float[Array, "N D"],
+    w1: Float[Array, "E D F"],
+    w3: Float[Array, "E D F"],
+    w2: Float[Array, "E F D"],
+    groups: Int32[Array, " T"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "T N D"]:
+    """(silu(x w1_g) (x w3_g)) w2_g for each listed group g, all rows through each.
+
+    For the few rows of a decoding step, where reading the matrices is all there is to do: rows of
+    which only some belong to a group cost it nothing, and nothing has to be sorted. Without a
+    gradient.
+
+    Args:
+      x: Rows [N, D], at most `LISTED_ROWS`.
+      w1: One matrix [D, F] for each of E groups, of the gate.
+      w3: As w1, of what is gated.
+      w2: One matrix [F, D] for each group.
+      groups: [T] int32, in any order; E for none, whose result is zero.
+      implementation: As for `grouped_matmul`.
+
+    Returns:
+      [T, N, D] in x.dtype.
+
+    Raises:
+      kernels_pallas.dispatch.UnavailableError: the named implementation cannot run.
+      ValueError: shapes that do not fit together, or too many rows.
+    """
+    _check_listed(x, w1, w3, w2)
+    target = dispatch.target(x, w1, w3, w2)
+    hidden = jax.ShapeDtypeStruct((x.shape[0], w2.shape[1]), x.dtype)
+    not_tpu, not_gpu = (
+        a or b
+        for a, b in zip(_why_not(target, x, w1, w3), _why_not(target, hidden, w2), strict=True)
+    )
+
+    def on_gpu(*args: Any) -> jax.Array:
+        return mosaic_gpu.listed_ffn_mosaic_gpu(*args, target.cores)
+
+    def on_tpu(*args: Any) -> jax.Array:
+        product, swiglu = mosaic_tpu.grouped_matmul_mosaic_tpu, mosaic_tpu.grouped_swiglu_mosaic_tpu
+        return listed_ffn_through(product, swiglu)(*args)
+
+    def through(product: Callable[..., Array]) -> Callable[..., Array]:
+        aligned = functools.partial(product, row_align=1)
+        swiglu = functools.partial(swiglu_through(product), row_weights=None, row_align=1)
+        return listed_ffn_through(aligned, swiglu)
+
+    candidates: dict[str, Candidate[Callable[..., Array]]] = {
+        "mosaic_tpu": Candidate(on_tpu, not_tpu),
+        "mosaic_gpu": Candidate(on_gpu, not_gpu),
+        "chunked": Candidate(through(grouped_matmul_chunked)),
+        "reference": Candidate(through(grouped_matmul_reference)),
+    }
+    return dispatch.resolve("listed_ffn", implementation, candidates)(x, w1, w3, w2, groups)
+
+
+def _check_listed(x: jax.Array, w1: jax.Array, w3: jax.Array, w2: jax.Array) -> None:
+    experts, inner, hidden = w1.shape
+    if w3.shape != w1.shape or w2.shape[:2] != (experts, hidden) or x.shape[1] != inner:
+        raise ValueError(
+            f"listed_ffn: x {x.shape}, w1 {w1.shape}, w3 {w3.shape} and w2 {w2.shape} do not fit "
+            "[N, D], [E, D, F] twice and [E, F, D]"
+        )
+    if x.shape[0] > LISTED_ROWS:
+        raise ValueError(f"listed_ffn takes at most {LISTED_ROWS} rows, got {x.shape[0]}")
 
 
 def gains_by_align(lhs: _Shaped, *matrices: _Shaped) -> bool:

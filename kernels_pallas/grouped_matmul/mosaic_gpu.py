@@ -25,8 +25,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.grouped_matmul.swiglu import gate, gate_gradients
+from kernels_pallas.grouped_matmul.swiglu import (
+    gate,
+    gate_gradients,
+    weight_gradients,
+    weighted,
+    weighted_gate,
+)
 from kernels_pallas.hopper import Ref, tiled
+from kernels_pallas.numerics import product
 
 type Scalar = Any  # The scalars inside a kernel have no public type.
 type _Shaped = jax.Array | jax.ShapeDtypeStruct
@@ -55,10 +62,13 @@ class Blocks(NamedTuple):
     panel: int = 8
 
 
-# Few rows a group: many small loads of the matrices, which are all there is to read. Narrow tiles
-# where wide ones would leave multiprocessors without any.
+# Few rows a group: many small loads of the matrices, which are all there is to read. Narrow tiles,
+# by the number of matrices, where wide ones would leave multiprocessors without any.
 _DECODING = Blocks(rows=64, columns=256, stages=5)
-_NARROW = Blocks(rows=64, columns=64, stages=12)
+_NARROW = {
+    1: Blocks(rows=64, columns=64, stages=12),
+    2: Blocks(rows=64, columns=128, stages=8),
+}
 
 
 def why_not(lhs: _Shaped, *rhs: _Shaped) -> str | None:
@@ -79,8 +89,9 @@ def default_blocks(what: str, rows: int, groups: int, columns: int, cores: int) 
     """
     if what == "d_rhs" or rows > _PIECE * groups:
         return Blocks()
-    few = min(rows, groups) * pl.cdiv(columns, _DECODING.columns) < cores
-    return _NARROW if few and what != "swiglu" else _DECODING
+    matrices = 2 if what == "swiglu" else 1
+    few = min(rows, groups) * pl.cdiv(columns, _DECODING.columns // matrices) < cores
+    return _NARROW[matrices] if few else _DECODING
 
 
 class Passes(NamedTuple):
@@ -98,7 +109,7 @@ def grouped_matmul_mosaic_gpu(
 ) -> jax.Array:
     """`grouped_matmul` on Hopper; see the public function."""
     blocks, cores = passes.forward, passes.cores
-    return _rows_kernel([lhs], [rhs], group_sizes, blocks, cores)[0]
+    return _grouped_rows([lhs], [rhs], group_sizes, blocks, cores)[0]
 
 
 def _forward(
@@ -111,7 +122,7 @@ def _backward(
     passes: Passes, residuals: tuple[jax.Array, ...], d_out: jax.Array
 ) -> tuple[jax.Array, jax.Array, np.ndarray]:
     lhs, rhs, sizes = residuals
-    [d_lhs] = _rows_kernel([d_out], [rhs], sizes, passes.d_lhs, passes.cores, transposed=True)
+    [d_lhs] = _grouped_rows([d_out], [rhs], sizes, passes.d_lhs, passes.cores, transposed=True)
     d_rhs = _matrices_kernel(lhs, d_out, sizes, passes.d_rhs, passes.cores)
     return d_lhs, d_rhs, np.zeros(sizes.shape, jax.dtypes.float0)
 
@@ -119,33 +130,51 @@ def _backward(
 grouped_matmul_mosaic_gpu.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def grouped_swiglu_mosaic_gpu(
-    lhs: jax.Array, w1: jax.Array, w3: jax.Array, group_sizes: jax.Array, passes: Passes
+    lhs: jax.Array,
+    w1: jax.Array,
+    w3: jax.Array,
+    group_sizes: jax.Array,
+    row_weights: jax.Array | None,
+    passes: Passes,
 ) -> jax.Array:
     """`grouped_swiglu` on Hopper; see the public function."""
     blocks, cores = passes.forward, passes.cores
-    epilogue = _Epilogue(1, lambda h1, h3: (gate(h1, h3),))
-    return _rows_kernel([lhs], [w1, w3], group_sizes, blocks, cores, epilogue=epilogue)[0]
+    out = _grouped_rows([lhs], [w1, w3], group_sizes, blocks, cores, epilogue=_GATED)[0]
+    return out if row_weights is None else weighted(out, row_weights)
 
 
 def _swiglu_forward(
-    lhs: jax.Array, w1: jax.Array, w3: jax.Array, group_sizes: jax.Array, passes: Passes
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    lhs: jax.Array,
+    w1: jax.Array,
+    w3: jax.Array,
+    group_sizes: jax.Array,
+    row_weights: jax.Array | None,
+    passes: Passes,
+) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
+    # The gate of weighted rows is XLA's: under a policy that keeps products, the backward then
+    # computes it again from h1 and h3, where the kernel would have to multiply again.
+    epilogue = _PRODUCTS_AND_GATED if row_weights is None else _PRODUCTS
     blocks, cores = passes.forward, passes.cores
-    epilogue = _Epilogue(3, lambda h1, h3: (gate(h1, h3), h1, h3))
-    out, h1, h3 = _rows_kernel([lhs], [w1, w3], group_sizes, blocks, cores, epilogue=epilogue)
-    return out, (lhs, w1, w3, group_sizes, h1, h3)
+    h1, h3, *out = _grouped_rows([lhs], [w1, w3], group_sizes, blocks, cores, epilogue=epilogue)
+    h1, h3 = product(h1), product(h3)
+    residuals = (lhs, w1, w3, group_sizes, row_weights, h1, h3)
+    return out[0] if row_weights is None else weighted_gate(h1, h3, row_weights), residuals
 
 
 def _swiglu_backward(
-    passes: Passes, residuals: tuple[jax.Array, ...], d_out: jax.Array
-) -> tuple[jax.Array | np.ndarray, ...]:
-    lhs, w1, w3, sizes, h1, h3 = residuals
+    passes: Passes, residuals: tuple[Any, ...], d_out: jax.Array
+) -> tuple[jax.Array | np.ndarray | None, ...]:
+    lhs, w1, w3, sizes, row_weights, h1, h3 = residuals
+    d_weights = None
+    if row_weights is not None:
+        d_weights = weight_gradients(h1, h3, d_out).astype(row_weights.dtype)
+        d_out = weighted(d_out, row_weights)
     d_h = gate_gradients(h1, h3, d_out)
-    [d_lhs] = _rows_kernel(d_h, [w1, w3], sizes, passes.d_lhs, passes.cores, transposed=True)
+    [d_lhs] = _grouped_rows(d_h, [w1, w3], sizes, passes.d_lhs, passes.cores, transposed=True)
     d_w1, d_w3 = (_matrices_kernel(lhs, d, sizes, passes.d_rhs, passes.cores) for d in d_h)
-    return d_lhs, d_w1, d_w3, np.zeros(sizes.shape, jax.dtypes.float0)
+    return d_lhs, d_w1, d_w3, np.zeros(sizes.shape, jax.dtypes.float0), d_weights
 
 
 grouped_swiglu_mosaic_gpu.defvjp(_swiglu_forward, _swiglu_backward)
@@ -158,8 +187,14 @@ class _Epilogue(NamedTuple):
     results: Callable[..., Sequence[jax.Array]] = lambda x: (x,)
 
 
+_PRODUCT = _Epilogue()
+_GATED = _Epilogue(1, lambda h1, h3: (gate(h1, h3),))
+_PRODUCTS = _Epilogue(2, lambda h1, h3: (h1, h3))
+_PRODUCTS_AND_GATED = _Epilogue(3, lambda h1, h3: (h1, h3, gate(h1, h3)))
+
+
 class RowTiles(NamedTuple):
-    """Tiles of rows, [T] int32 each with T enough for any sizes.
+    """Tiles of rows of contiguous groups, [T] int32 each with T enough for any sizes.
 
     group: E for the rows past the last group; row: the tile's first, a multiple of eight; the rows
     low <= row < high of the tile belong to the group. ends [E + 1]: tiles up to and with a group's.
@@ -170,6 +205,50 @@ class RowTiles(NamedTuple):
     low: Any
     high: Any
     ends: Any
+
+
+class _Turn(NamedTuple):
+    """A tile of rows: its group, its first row in lhs and in the result, both multiples of eight,
+    and the rows low <= row < high of it that belong to the group.
+    """
+
+    group: Scalar
+    source: Scalar
+    row: Scalar
+    low: Scalar
+    high: Scalar
+
+
+class _Turns(NamedTuple):
+    """Tiles of rows one after another: arrays for the kernel, and from their refs the number of
+    tiles and the one at a place.
+    """
+
+    arrays: tuple[jax.Array, ...]
+    count: Callable[..., Scalar]
+    at: Callable[..., _Turn]
+
+
+def _contiguous(group_sizes: jax.Array, rows: int, block: int) -> _Turns:
+    def at(place: Scalar, *refs: Ref) -> _Turn:
+        group, row, low, high = (ref[place] for ref in refs[:4])
+        return _Turn(group, row, row, low, high)
+
+    def count(*refs: Ref) -> Scalar:
+        return RowTiles(*refs).ends[group_sizes.shape[0]]
+
+    return _Turns(row_tiles(group_sizes, rows, block), count, at)
+
+
+def _listed(groups: jax.Array, each: int, count: int, *, shared: bool) -> _Turns:
+    """A tile for each of groups [T], of `count` among `each` rows; shared: all have one lhs."""
+
+    def at(place: Scalar, ref: Ref) -> _Turn:
+        row = place * each
+        source = jnp.int32(0) if shared else row
+        return _Turn(ref[place], source, row, jnp.int32(0), jnp.int32(count))
+
+    return _Turns((groups,), lambda _: jnp.int32(groups.size), at)
 
 
 def row_tiles(group_sizes: jax.Array, rows: int, block: int) -> RowTiles:
@@ -197,7 +276,30 @@ def row_tiles(group_sizes: jax.Array, rows: int, block: int) -> RowTiles:
     return RowTiles(chosen(index[None]), chosen(row), chosen(low), chosen(high), tiles[0] + counts)
 
 
-def _rows_kernel(
+@functools.partial(jax.jit, static_argnames="cores")
+def listed_ffn_mosaic_gpu(
+    x: jax.Array, w1: jax.Array, w3: jax.Array, w2: jax.Array, groups: jax.Array, cores: int
+) -> jax.Array:
+    """`listed_ffn` on Hopper, of up to 64 rows: one tile for each group of the list, so that there
+    is no table to compute and the rows are not written out for each group.
+    """
+    count, turns = x.shape[0], groups.size
+    x = _pad_rows(x)
+    each = x.shape[0]
+    up, down = (
+        default_blocks(what, turns, turns, w.shape[2], cores)
+        for what, w in (("swiglu", w1), ("forward", w2))
+    )
+    first = _listed(groups, each, count, shared=True)
+    [hidden] = _rows_kernel([x], [w1, w3], first, turns * each, up, cores, epilogue=_GATED)
+    second = _listed(groups, each, count, shared=False)
+    [out] = _rows_kernel([hidden], [w2], second, turns * each, down, cores)
+    return out.reshape(turns, each, -1)[:, :count]
+
+
+# Lowering a kernel takes a second of Python; under jit every layer of a model shares one lowering.
+@functools.partial(jax.jit, static_argnames=("blocks", "cores", "transposed", "epilogue"))
+def _grouped_rows(
     lhs: Sequence[jax.Array],
     rhs: Sequence[jax.Array],
     group_sizes: jax.Array,
@@ -205,16 +307,36 @@ def _rows_kernel(
     cores: int,
     *,
     transposed: bool = False,
-    epilogue: _Epilogue = _Epilogue(),  # noqa: B008
+    epilogue: _Epilogue = _PRODUCT,
 ) -> list[jax.Array]:
-    """Rows times their group's matrix, [M, N] each.
+    """`_rows_kernel` on contiguous groups of rows."""
+    rows = lhs[0].shape[0]
+    lhs = [_pad_rows(x) for x in lhs]
+    padded = lhs[0].shape[0]
+    turns = _contiguous(group_sizes, padded, blocks.rows)
+    outs = _rows_kernel(
+        lhs, rhs, turns, padded, blocks, cores, transposed=transposed, epilogue=epilogue
+    )
+    return [x[:rows] for x in outs]
+
+
+def _rows_kernel(
+    lhs: Sequence[jax.Array],
+    rhs: Sequence[jax.Array],
+    turns: _Turns,
+    rows: int,
+    blocks: Blocks,
+    cores: int,
+    *,
+    transposed: bool = False,
+    epilogue: _Epilogue = _PRODUCT,
+) -> list[jax.Array]:
+    """Rows times their group's matrix, [M, N] each of so many rows.
 
     With as many lhs as rhs, the sum of their products; with one lhs, the epilogue of its product
     with each rhs. `transposed`: rhs is [E, N, K].
     """
-    rows = lhs[0].shape[0]
-    lhs = [_pad_rows(x) for x in lhs]
-    padded, inner = lhs[0].shape
+    inner = lhs[0].shape[1]
     groups, columns = rhs[0].shape[0], rhs[0].shape[1 if transposed else 2]
     products = len(rhs) // len(lhs)
     width = blocks.columns // products
@@ -224,7 +346,7 @@ def _rows_kernel(
     def body(*refs: Ref) -> None:
         lhs_refs, refs = refs[: len(lhs)], refs[len(lhs) :]
         rhs_refs, refs = refs[: len(rhs)], refs[len(rhs) :]
-        table, refs = RowTiles(*refs[:5]), refs[5:]
+        table, refs = refs[: len(turns.arrays)], refs[len(turns.arrays) :]
         outs, (lhs_tile, rhs_tile, buffers, loaded, consumed) = (
             refs[: epilogue.outputs],
             refs[epilogue.outputs :],
@@ -232,10 +354,10 @@ def _rows_kernel(
         offset = lax.axis_index("warp_group") * _PIECE  # of a worker's rows in the tile
 
         def tile(i: Scalar) -> _Tile:
-            place, column = _place(i, table.ends[groups], tiles_across, blocks.panel)
-            group, row, low, high = (x[place] for x in table[:4])
-            terms = jnp.where(group < groups, steps * len(lhs), 0)
-            return _Tile(group, row, column * width, low, high, terms)
+            place, column = _place(i, turns.count(*table), tiles_across, blocks.panel)
+            turn = turns.at(place, *table)
+            terms = jnp.where(turn.group < groups, steps * len(lhs), 0)
+            return _Tile(turn.group, turn.source, turn.row, column * width, *turn[3:], terms)
 
         def load(tile: _Tile, k: Scalar, stage: Scalar) -> None:
             for n, left in enumerate(lhs_refs):
@@ -245,7 +367,7 @@ def _rows_kernel(
 
         def copy(tile: _Tile, left: Ref, right: Sequence[Ref], k: Scalar, stage: Scalar) -> None:
             terms, window = pl.ds(k * _LANES, _LANES), pl.ds(tile.column, width)
-            row = pl.multiple_of(tile.row, _ROWS)
+            row = pl.multiple_of(tile.source, _ROWS)
 
             def copy_left(count: int) -> None:
                 plgpu.copy_gmem_to_smem(
@@ -281,18 +403,18 @@ def _rows_kernel(
 
                 _store(buffers, x, bounds, window)
 
-        work = _Work(table.ends[groups] * tiles_across, tile, load, multiply, store)
+        work = _Work(turns.count(*table) * tiles_across, tile, load, multiply, store)
         _walk(work, blocks, [(_PIECE, width)] * products, loaded, consumed)
 
-    out = jax.ShapeDtypeStruct((padded, columns), jnp.bfloat16)
+    out = jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16)
     right = (width, _LANES) if transposed else (_LANES, width)
     run = _kernel(
         body, blocks, cores, [out] * epilogue.outputs, (blocks.rows, _LANES), (products, *right)
     )
-    outs = run(*lhs, *rhs, *row_tiles(group_sizes, padded, blocks.rows))
-    return [x[:rows] for x in outs]
+    return run(*lhs, *rhs, *turns.arrays)
 
 
+@functools.partial(jax.jit, static_argnames=("blocks", "cores"))
 def _matrices_kernel(
     lhs: jax.Array, d_out: jax.Array, group_sizes: jax.Array, blocks: Blocks, cores: int
 ) -> jax.Array:
@@ -316,7 +438,7 @@ def _matrices_kernel(
             low, high = start - first_row(group), end - first_row(group)
             terms = jnp.where(end > start, lax.div(high + _LANES - 1, jnp.int32(_LANES)), 0)
             row, column = place * blocks.rows, column * blocks.columns
-            return _Tile(group, row, column, low, high, terms)
+            return _Tile(group, row, row, column, low, high, terms)
 
         def load(tile: _Tile, k: Scalar, stage: Scalar) -> None:
             terms = pl.ds(pl.multiple_of(first_row(tile.group) + k * _LANES, _ROWS), _LANES)
@@ -409,11 +531,13 @@ def _swizzled(*shape: int) -> Any:
 
 
 class _Tile(NamedTuple):
-    """A tile of the result: the group of its matrix, its first row and column, the rows
-    low <= row < high, from the first, that belong to the group, and the steps of its contraction.
+    """A tile of the result: the group of its matrix, its first row in lhs, its first row and
+    column, the rows low <= row < high, from the first, that belong to the group, and the steps of
+    its contraction.
     """
 
     group: Scalar
+    source: Scalar
     row: Scalar
     column: Scalar
     low: Scalar

@@ -128,6 +128,9 @@ def _backward(
 lightning_attention_mosaic_gpu.defvjp(keep_inputs(lightning_attention_mosaic_gpu), _backward)
 
 
+# Lowering a kernel takes seconds of Python; under jit every layer of a model shares one lowering,
+# and so do a layer's passes of one direction.
+@functools.partial(jax.jit, static_argnames=("blocks", "reverse"))
 def _one_pass(
     q: jax.Array,
     k: jax.Array,

@@ -29,6 +29,7 @@ def why_not(key_dim: int, value_dim: int) -> str | None:
     return None
 
 
+@jax.jit
 def lightning_attention_step_mosaic_gpu(
     q: jax.Array,
     k: jax.Array,

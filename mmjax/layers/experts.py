@@ -7,11 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import grouped_matmul, grouped_swiglu
-from kernels_pallas.grouped_matmul import gains_by_align
-from kernels_pallas.numerics import einsum32
+from kernels_pallas import dispatch, grouped_matmul, grouped_swiglu, listed_ffn
+from kernels_pallas.grouped_matmul import LISTED_ROWS, gains_by_align
+from kernels_pallas.numerics import einsum32, product
 from mmjax.layers.int8 import Int8Matrices
-from mmjax.layers.router import DECODING_TOKENS
 
 # Rows that share one expert's matrix in the grouped product, at least and at most.
 MIN_BLOCK, MAX_BLOCK = 64, 512
@@ -47,10 +46,12 @@ def apply_experts(
     block = _block_size(tokens, visits, kernels)
     if block > 1 and tokens.shape[0] * experts <= _row_count(visits, experts, block):
         return _every_expert(tokens, share, expert, kernels)
-    if block == 1 and tokens.shape[0] <= DECODING_TOKENS:
+    if block == 1 and tokens.shape[0] <= LISTED_ROWS:
         # XLA reads bytes in its products; the kernels would have them written out before.
         form = _every_expert if isinstance(kernels.w1, Int8Matrices) else _visited_experts
         return form(tokens, share, expert, kernels)
+    if dispatch.target(tokens).platform == "gpu" and block == 1:
+        return _weighted_visits(tokens, share, expert, kernels)
     out = visit_experts(tokens, expert, kernels)  # [N, k, D]
     return weighted_sum(out, share).astype(tokens.dtype)
 
@@ -62,16 +63,36 @@ def visit_experts(tokens: jax.Array, expert: jax.Array, kernels: Weights) -> jax
     return return_rows(_ffn(take_rows(tokens, rows), sizes, kernels, block), rows)
 
 
+def _weighted_visits(
+    tokens: jax.Array, share: jax.Array, expert: jax.Array, kernels: Weights
+) -> jax.Array:
+    """Σ_k share_k · expert_k(token), the share taken into the row before the last product: no
+    gradient then needs the outputs of the visits, k times the stream.
+    """
+    sizes, rows = _sort_by_expert(expert, kernels.w1.shape[0], 1)
+    each = Rows(rows.source, rows.slot.reshape(-1, 1))
+    weight = take_rows(share.reshape(-1, 1), each)
+    out = _ffn(take_rows(tokens, rows), sizes, kernels, 1, weight)
+    return sum_rows(out, rows)
+
+
 def weighted_sum(out: jax.Array, share: jax.Array) -> jax.Array:
     """Σ_k share [N, k] · out [N, k, D], in float32."""
     return (out.astype(jnp.float32) * share.astype(jnp.float32)[:, :, None]).sum(1)
 
 
-def _ffn(rows: jax.Array, group_sizes: jax.Array, kernels: Weights, row_align: int) -> jax.Array:
-    """w2(silu(w1 x) · w3 x) of rows [R, D] in groups of one expert each."""
+def _ffn(
+    rows: jax.Array,
+    group_sizes: jax.Array,
+    kernels: Weights,
+    row_align: int,
+    row_weights: jax.Array | None = None,
+) -> jax.Array:
+    """w2(silu(w1 x) · w3 x) of rows [R, D] in groups of one expert each, times their weights."""
     w1, w3, w2 = (w.astype(rows.dtype) for w in kernels)
-    hidden = grouped_swiglu(rows, w1, w3, group_sizes, row_align=row_align)
-    return grouped_matmul(hidden, w2, group_sizes, row_align=row_align)
+    hidden = grouped_swiglu(rows, w1, w3, group_sizes, row_weights=row_weights, row_align=row_align)
+    out = grouped_matmul(hidden, w2, group_sizes, row_align=row_align)
+    return product(out) if row_weights is None else out
 
 
 def _every_expert(
@@ -88,14 +109,14 @@ def _every_expert(
     weight = (share[:, :, None] * chosen).sum(1).T  # [E, N]
     each = jnp.broadcast_to(tokens[None], (experts, *tokens.shape))
 
-    def product(x: jax.Array, kernel: jax.Array | Int8Matrices) -> jax.Array:
+    def multiply(x: jax.Array, kernel: jax.Array | Int8Matrices) -> jax.Array:
         if isinstance(kernel, Int8Matrices):
             return einsum32("enk,ekm->enm", x, kernel.values, dtype) * kernel.scale
         return einsum32("enk,ekm->enm", x, kernel, dtype)
 
-    gate, up = (product(each, kernel).astype(dtype) for kernel in (kernels.w1, kernels.w3))
+    gate, up = (product(multiply(each, w).astype(dtype)) for w in (kernels.w1, kernels.w3))
     hidden = jax.nn.silu(gate) * up * weight[:, :, None]
-    return product(hidden, kernels.w2).sum(0).astype(dtype)
+    return multiply(hidden, kernels.w2).sum(0).astype(dtype)
 
 
 def _visited_experts(
@@ -104,30 +125,30 @@ def _visited_experts(
     """All tokens through every expert that one of them visits: few as they are, they fit the one
     tile of rows that a kernel multiplies with an expert anyway, and nothing has to be sorted.
     """
-    count = tokens.shape[0]
-    weight, place = _weights_by_turn(share, expert, kernels.w1.shape[0])
-    groups = weight.shape[0]
-    sizes = jnp.where(place >= 0, count, 0)
-    rows = jnp.broadcast_to(tokens[None], (groups, *tokens.shape)).reshape(groups * count, -1)
-    out = _ffn(rows, sizes, kernels, 1).reshape(groups, count, -1)
+    weight, turns = _turns(share, expert, kernels.w1.shape[0])
+    w1, w3, w2 = (w.astype(tokens.dtype) for w in kernels)
+    out = listed_ffn(tokens, w1, w3, w2, turns)
     return (weight[:, :, None] * out.astype(jnp.float32)).sum(0).astype(tokens.dtype)
 
 
-def _weights_by_turn(
-    share: jax.Array, expert: jax.Array, experts: int
-) -> tuple[jax.Array, jax.Array]:
-    """float32 weight [min(E, N k), N] of the visited experts' outputs, expert after expert, and
-    place [E] of each among them, -1 for one that nobody visits.
+def _turns(share: jax.Array, expert: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+    """The visited experts [T], T = min(E, N k), E for none; and the float32 weight [T, N] of the
+    output of each.
     """
+    if expert.shape[0] == 1:
+        return share.T.astype(jnp.float32), expert[0]
     index = jnp.arange(experts, dtype=expert.dtype)
     chosen = expert[:, :, None] == index[None, None]  # [N, k, E]
     weight = jnp.where(chosen, share[:, :, None].astype(jnp.float32), 0).sum(1)  # [N, E]
     visited = chosen.any((0, 1))
     # A sum through a mask, where a cumsum and a scatter are a chain of kernels.
     before = (visited[None] & (index[None] < index[:, None])).sum(1, dtype=jnp.int32)
-    place = jnp.where(visited, before, -1)
     turn = jnp.arange(min(experts, expert.size), dtype=jnp.int32)
-    return jnp.where(turn[:, None, None] == place[None, None], weight[None], 0).sum(2), place
+    at_turn = visited[None] & (turn[:, None] == before[None])  # [T, E]
+    # 0 where no expert is left, hence one more.
+    turns = jnp.where(at_turn, index[None] + 1, 0).sum(1, dtype=jnp.int32) - 1
+    turns = jnp.where(turns < 0, experts, turns)
+    return jnp.where(at_turn[:, None], weight[None], 0).sum(2), turns
 
 
 def _block_size(tokens: jax.Array, visits: int, kernels: Weights) -> int:
@@ -166,7 +187,9 @@ def _sort_by_expert(expert: jax.Array, experts: int, block: int) -> tuple[jax.Ar
     sizes = (sizes + block - 1) // block * block
     count = _row_count(flat.size, experts, block)
     slot = jnp.where(place < 0, count, _at(jnp.cumsum(sizes) - sizes, flat) + place)
-    return sizes, Rows(inverse(slot, count), slot.reshape(expert.shape))
+    # Kept like a product, for they take many small kernels and little room.
+    rows = Rows(product(inverse(slot, count)), product(slot.reshape(expert.shape)))
+    return product(sizes), rows
 
 
 def turns(group: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
@@ -232,6 +255,23 @@ def _return_rows_backward(rows: Rows, d_slots: jax.Array) -> tuple[jax.Array, No
 
 
 return_rows.defvjp(_return_rows_forward, _return_rows_backward)
+
+
+@jax.custom_vjp
+def sum_rows(x: jax.Array, rows: Rows) -> jax.Array:
+    """Σ over the rows [R, D] of each token [N, D], in float32; the transpose of `take_rows`."""
+    return _at(x, rows.slot).astype(jnp.float32).sum(1).astype(x.dtype)
+
+
+def _sum_rows_forward(x: jax.Array, rows: Rows) -> tuple[jax.Array, Rows]:
+    return sum_rows(x, rows), rows
+
+
+def _sum_rows_backward(rows: Rows, d_tokens: jax.Array) -> tuple[jax.Array, None]:
+    return take_rows(d_tokens, rows), None
+
+
+sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward)
 
 
 def _at(x: jax.Array, index: jax.Array) -> jax.Array:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
+from kernels_pallas import dispatch
 from mmjax.cache import PagedCache
 from mmjax.config import ModelConfig
 from mmjax.layers import weights
@@ -106,6 +108,10 @@ class LightningAttention(nnx.Module):
         _, heads, _, dim = self.qkv.shape
         qkv = jax.nn.silu(weights.project(x, self.qkv[...]))
         qkv = qkv.reshape(batch, length, heads, 3, dim)
+        if length == 1 and dispatch.target().platform == "gpu":
+            # One kernel lays them out one after another; a slice of each would be three.
+            q, k, v = jax.lax.optimization_barrier(jnp.moveaxis(qkv, 3, 0))
+            return q, k, v
         # The transpose of a split is one concatenation, that of three slices is three paddings.
         q, k, v = (part[:, :, :, 0] for part in jax.lax.split(qkv, (1, 1, 1), axis=3))
         return q, k, v

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import dispatch
-from kernels_pallas.numerics import einsum32
+from kernels_pallas.numerics import einsum32, product
 
 # Tokens of a decode step, whose kernels take longer to start than to run.
 DECODING_TOKENS = 64
@@ -67,7 +67,7 @@ def route(
     Source: MiniMax-01 (arXiv 2501.08313), section 2.1, eq. 1, token drop and global router.
     """
     tokens, mask = x.reshape(-1, x.shape[-1]), real.reshape(-1)
-    logits = _logits(tokens, kernel)
+    logits = product(_logits(tokens, kernel))
     probability = jax.nn.softmax(logits, axis=-1)
     top, expert = _top_k(probability, top_k)
     share = (top / top.sum(-1, keepdims=True)).astype(x.dtype)

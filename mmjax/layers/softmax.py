@@ -26,6 +26,7 @@ from kernels_pallas.numerics import (
     einsum32,
     extend_softmax,
     masked_exp,
+    product,
 )
 
 # Up to this many scores a head and row the dense form is faster and its memory harmless.
@@ -129,7 +130,7 @@ def _blocked_forward(
         return None, (acc / total[..., None], top + jnp.log(total))
 
     _, (out, lse) = jax.lax.scan(block, None, (_split_queries(q), _split_visibility(sees)))
-    out = _join_queries(out, q.shape)
+    out, lse = product(_join_queries(out, q.shape)), product(lse)
     return out, (q, k, v, sees, out, lse)
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels_pallas.numerics import einsum32
+from kernels_pallas.numerics import einsum32, product
 from mmjax.sharding import active_mesh
 
 
@@ -67,7 +67,7 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Returns:
       [..., prod(out)] in x.dtype.
     """
-    return _matmul(x, kernel.reshape(x.shape[-1], -1))
+    return product(_matmul(x, kernel.reshape(x.shape[-1], -1)))
 
 
 @jax.custom_vjp

@@ -40,6 +40,7 @@ from kernels_pallas import (
 from kernels_pallas.lightning_attention.clock import read_clock
 from kernels_pallas.numerics import einsum32
 from mmjax.cache import PagedCache
+from mmjax.layers.fused_softmax import self_attention
 from mmjax.layers.softmax import softmax_attention
 from mmjax.sharding import ShardingError, activation_spec, active_mesh
 
@@ -554,9 +555,7 @@ def _attend(
 ) -> jax.Array:
     """Attention of this rank's queries to all keys. index and segment_ids are of whole rows."""
     if axis is None:
-        return softmax_attention(
-            q, k, v, index, query_segments=segment_ids, key_segments=segment_ids
-        )
+        return self_attention(q, k, v, index, segment_ids)
     own = partial(_balanced_part, axis=axis)
     out = softmax_attention(
         _balance(q, axis),

@@ -125,6 +125,30 @@ CHIPS: dict[str, Chip] = {
 }
 
 
+# How JAX's devices call themselves; the first that is part of the name.
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6": "v6e",
+    "TPU7": "tpu7x",
+    "TPU v7": "tpu7x",
+    "GH200": "h100",
+    "H200": "h200",
+    "H100": "h100",
+    "A100": "a100",
+    "GB200": "gb200",
+    "B200": "b200",
+}
+
+
+def chip_of(kind: str) -> Chip | None:
+    """The chip of a device that calls itself so; None for one that is not known."""
+    name = next((chip for part, chip in _KINDS.items() if part in kind), None)
+    return None if name is None else CHIPS[name]
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """Chips and their wiring.

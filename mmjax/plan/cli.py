@@ -53,7 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--job", choices=JOBS, default="train", help="what a step does (train)")
     add("--batch", type=int, help="rows (train: the config's, else one a device)")
     add("--length", type=int, help="tokens of a row: trained, prefilled, or behind a decoded one")
-    add("--remat", help="what a train step recomputes: super_block, layer, none (the config's)")
+    add(
+        "--remat",
+        help="what a train step recomputes: super_block, layer, products, none (the config's)",
+    )
     add("--moments", default="", help="dtype of AdamW's moments (the parameters')")
     add(
         "--compile",

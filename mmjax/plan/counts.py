@@ -120,7 +120,11 @@ def forward_passes(job: Job) -> int:
     "layer" redoes each layer for its backward. "super_block" redoes the super-block for the inputs
     of its layers, then each layer.
     """
-    return {"none": 1, "layer": 2, "super_block": 3}[job.remat] if job.kind == "train" else 1
+    return (
+        {"none": 1, "products": 1, "layer": 2, "super_block": 3}[job.remat]
+        if job.kind == "train"
+        else 1
+    )
 
 
 def device_work(job: Job, mesh: MeshSizes, chip: Chip) -> list[Work]:
@@ -335,8 +339,9 @@ def memory(job: Job, mesh: MeshSizes, params: list[Parameter]) -> dict[str, Numb
     """Bytes of HBM that one device holds at the worst moment of a step, by what they are.
 
     Train: parameters, gradients, two moments; what remat keeps (the stream at each super-block and
-    at the layers of one, at each layer, or all values of all layers); the values and the gradients
-    of one layer, recomputed; one layer's gathered weights, the next one's, and its gradients.
+    at the layers of one, at each layer, with the products of all layers, or all their values); the
+    values and the gradients of one layer, recomputed; one layer's gathered weights, the next one's,
+    and its gradients.
     Serving: parameters, the cache, the values of one layer.
     """
     local = sum(p.local for p in params)
@@ -365,12 +370,24 @@ def _layer_values(job: Job, mesh: MeshSizes) -> Number:
     return rows * values * itemsize(cfg.dtype)
 
 
+def _product_values(job: Job, mesh: MeshSizes) -> Number:
+    """What a lightning layer's products are, a token: its input D, q, k, v and gate 4 H·K, the
+    result D, and k · (2 F + D) of the experts.
+    """
+    cfg = job.model
+    wide = cfg.num_heads * cfg.head_dim / mesh["model"]
+    experts = 2 * cfg.intermediate_size / mesh["model"] + cfg.hidden_size
+    return 2 * cfg.hidden_size + 4 * wide + cfg.num_experts_per_token * experts
+
+
 def _kept(job: Job, mesh: MeshSizes) -> Number:
     cfg = job.model
     rows = job.new_tokens / (mesh["data"] * mesh["context"] * mesh["expert"])
     stream = rows * cfg.hidden_size * itemsize(cfg.dtype)
     if job.remat == "none":
         return cfg.num_layers * _layer_values(job, mesh)
+    if job.remat == "products":
+        return cfg.num_layers * rows * _product_values(job, mesh) * itemsize(cfg.dtype)
     if job.remat == "layer":
         return cfg.num_layers * stream
     return (cfg.num_layers // cfg.period + cfg.period) * stream

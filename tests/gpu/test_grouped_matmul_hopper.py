@@ -23,6 +23,12 @@ class TestMosaicGpu(suites.Suite):
     dims: ClassVar = {"inner": 320, "columns": 192}
 
 
+class TestListedMosaicGpu(suites.ListedSuite):
+    implementation = "mosaic_gpu"
+    dtype = "bfloat16"
+    dims: ClassVar = (320, 192)
+
+
 class TestMosaicGpuWholeTiles(TestMosaicGpu):
     """The blocks of many rows, which the suite's few would not take by themselves."""
 
@@ -35,7 +41,7 @@ class TestMosaicGpuWholeTiles(TestMosaicGpu):
 
     @classmethod
     def swiglu(cls, lhs, w1, w3, sizes, row_align):
-        return mosaic_gpu.grouped_swiglu_mosaic_gpu(lhs, w1, w3, sizes, cls.passes)
+        return mosaic_gpu.grouped_swiglu_mosaic_gpu(lhs, w1, w3, sizes, None, cls.passes)
 
 
 @pytest.mark.parametrize("what", ["forward", "d_lhs", "d_rhs"])

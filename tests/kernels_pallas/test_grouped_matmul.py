@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import grouped_matmul, grouped_swiglu
+from kernels_pallas import grouped_matmul, grouped_swiglu, listed_ffn
 from kernels_pallas.dispatch import UnavailableError
 from kernels_pallas.grouped_matmul import api, chunked, shapes
 from kernels_pallas.testing import (
@@ -117,6 +117,53 @@ class Suite:
             np.testing.assert_array_equal(got, want)
 
 
+class ListedSuite:
+    """`listed_ffn` against float64: in any order, one twice, and none (4 groups, 4 for none)."""
+
+    implementation: str
+    dtype: ClassVar = "float32"
+    dims: ClassVar = (24, 16)
+
+    @pytest.mark.parametrize("rows", [1, 5, 17])
+    def test_listed(self, rows):
+        rng = np.random.default_rng(rows)
+        inner, hidden = self.dims
+
+        def draw(*shape):
+            values = rng.standard_normal(shape) * shape[-2] ** -0.5
+            return jnp.asarray(values, self.dtype)
+
+        x, w2 = draw(rows, inner) * 5, draw(4, hidden, inner)
+        w1, w3 = draw(4, inner, hidden), draw(4, inner, hidden)
+        groups = jnp.array([2, 0, 4, 2], jnp.int32)
+        run = jax.jit(functools.partial(listed_ffn, implementation=self.implementation))
+        got = run(x, w1, w3, w2, groups)
+        assert got.dtype == self.dtype
+        x, w1, w3, w2 = (np.asarray(a, np.float64) for a in (x, w1, w3, w2))
+        for turn, group in enumerate([2, 0, None, 2]):
+            want = np.zeros_like(x)
+            if group is not None:
+                h1, h3 = x @ w1[group], x @ w3[group]
+                want = (h1 / (1 + np.exp(-h1)) * h3) @ w2[group]
+            error = np.linalg.norm(np.asarray(got[turn], np.float64) - want)
+            assert error <= 2 * RELATIVE_ERROR[self.dtype] * np.linalg.norm(want)
+
+
+class TestListedReference(ListedSuite):
+    implementation = "reference"
+
+
+class TestListedChunked(ListedSuite):
+    implementation = "chunked"
+
+
+def test_listed_takes_few_rows():
+    matrix = jnp.ones((2, 8, 8))
+    groups = jnp.zeros(2, jnp.int32)
+    with pytest.raises(ValueError, match="at most 64 rows, got 65"):
+        listed_ffn(jnp.ones((65, 8)), matrix, matrix, matrix, groups)
+
+
 class TestReference(Suite):
     implementation = "reference"
 
@@ -163,6 +210,8 @@ def test_shapes_that_do_not_fit():
     # Asked directly, since the annotations that tests check at every call would speak first.
     lhs, rhs, sizes, _ = map(jnp.asarray, grouped_inputs(1, (4, 5)))
     matrices = {"w1": rhs, "w3": rhs[:, :, :8]}
+    with pytest.raises(ValueError, match=r"w2 \(2, 24, 16\) do not fit"):
+        api._check_listed(lhs, rhs, rhs, rhs)
     with pytest.raises(ValueError, match=r"w1 \(2, 24, 16\), w3 \(2, 24, 8\) .* do not fit"):
         api._check("grouped_swiglu", lhs, matrices, sizes, 1)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import dispatch, grouped_matmul, grouped_swiglu, tune, tuning
+from kernels_pallas import dispatch, grouped_matmul, grouped_swiglu, listed_ffn, tune, tuning
 from kernels_pallas.grouped_matmul import api, mosaic_gpu
 from kernels_pallas.grouped_matmul.chunked import grouped_matmul_chunked
 from kernels_pallas.grouped_matmul.shapes import Shape
@@ -35,6 +35,33 @@ def test_lowers_for_cuda(on_hopper, op, rows):
     text = jax.jit(both).trace(lhs, *rhs).lower(lowering_platforms=("cuda",)).as_text()
     # The product, the gradient in lhs, and one in each matrix.
     assert text.count("mosaic_gpu") >= 2 + matrices
+
+
+def test_listed_lowers_for_cuda(on_hopper):
+    x, groups = jax.ShapeDtypeStruct((3, 128), jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.int32)
+    into, back = (jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in ((4, 128, 192), (4, 192, 128)))
+    traced = jax.jit(listed_ffn).trace(x, into, into, back, groups)
+    assert (
+        traced.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu") == 2
+    )
+
+
+def test_layers_share_a_lowering(on_hopper):
+    """Lowering a kernel takes a second of Python."""
+    lhs, sizes = jax.ShapeDtypeStruct((256, 128), jnp.bfloat16), jnp.full(4, 64, jnp.int32)
+    rhs = jax.ShapeDtypeStruct((4, 128, 128), jnp.bfloat16)
+
+    def layers(lhs, rhs):
+        for _ in range(3):
+            lhs = grouped_matmul(lhs, rhs, sizes)
+        return lhs.astype(jnp.float32).sum()
+
+    def kernels(run):
+        text = jax.jit(run).trace(lhs, rhs).lower(lowering_platforms=("cuda",)).as_text()
+        return text.count("custom_call @mosaic_gpu")
+
+    assert kernels(layers) == 1
+    assert kernels(jax.grad(layers, argnums=(0, 1))) == 3
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import dispatch
 from kernels_pallas.grouped_matmul import mosaic_tpu
 from tests.kernels_pallas import test_grouped_matmul as suites
 
@@ -47,6 +48,18 @@ class TestMosaicTpuBfloat16(TestMosaicTpu):
     @pytest.mark.parametrize("case", ["unaligned"])
     def test_swiglu(self, case):
         super().test_swiglu(case)
+
+
+class TestListedMosaicTpu(suites.ListedSuite):
+    implementation = "mosaic_tpu"
+
+    @pytest.fixture(autouse=True)
+    def on_tpu(self, monkeypatch):
+        monkeypatch.setattr(dispatch, "target", lambda *_: dispatch.Target("tpu", "TPU v5", 1))
+
+    @pytest.mark.parametrize("rows", [5])
+    def test_listed(self, rows):
+        super().test_listed(rows)
 
 
 def test_every_tile_and_group_is_visited():

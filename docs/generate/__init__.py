@@ -1,0 +1,1 @@
+"""Pages of the docs site that are made from the source when it is built."""

@@ -1,0 +1,109 @@
+"""The runs of a grid: every kind of attention at every size, each an ordinary pretrain job."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mmjax.config import LIGHTNING, SOFTMAX, ConfigError
+from mmjax.plan.counts import active_parameters
+from train.config import JobConfig, build
+from train.job import Job
+from train.metrics import read_metrics
+from train.scaling.laws import PFLOPS_DAY, Point, train_flops_per_token
+from train.tasks import run_task
+
+_KINDS = ("softmax", "lightning", "hybrid")
+_KEYS = ("job", "kinds", "sizes", "every")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One job of the grid: its kind of attention, the name of its size, its config."""
+
+    kind: str
+    size: str
+    cfg: JobConfig
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.kind}-{self.size}"
+
+
+def runs_of(config: ConfigDict) -> list[Run]:
+    """Every kind at every size.
+
+    Args:
+      config: `job`, a pretrain job with evaluation.paths; `kinds`, of which "hybrid" has a softmax
+        layer after every `every` - 1 lightning layers; `sizes`, name to keys of the model.
+
+    Raises:
+      ConfigError: an unknown key or kind, or a job that measures no held-out loss.
+    """
+    raw = config.to_dict()
+    unknown = sorted(set(raw) - set(_KEYS))
+    missing = [key for key in _KEYS if key not in raw]
+    if unknown or missing:
+        raise ConfigError(
+            f"scaling config: unknown {unknown}, missing {missing}; keys: {', '.join(_KEYS)}"
+        )
+    wrong = sorted(set(raw["kinds"]) - set(_KINDS))
+    if wrong or not raw["kinds"] or not raw["sizes"]:
+        raise ConfigError(f"scaling config: kinds {raw['kinds']!r} are to be of {_KINDS}")
+    sizes = raw["sizes"].items()
+    runs = [_run(raw, kind, size, keys) for kind in raw["kinds"] for size, keys in sizes]
+    job = runs[0].cfg
+    if job.task != "pretrain" or not job.evaluation.every or not job.evaluation.paths:
+        raise ConfigError(
+            "scaling config: job needs the task 'pretrain', evaluation.every and evaluation.paths, "
+            "whose loss is what the laws are about"
+        )
+    return runs
+
+
+def _run(raw: Mapping[str, Any], kind: str, size: str, keys: Mapping[str, Any]) -> Run:
+    config = ConfigDict(raw["job"])
+    config.model = ConfigDict({**raw["job"].get("model", {}), **keys})
+    layers = range(1, int(config.model.num_layers) + 1)
+    softmax = {
+        "softmax": set(layers),
+        "lightning": set(),
+        "hybrid": {i for i in layers if i % raw["every"] == 0},
+    }[kind]
+    config.model.layer_types = tuple(SOFTMAX if i in softmax else LIGHTNING for i in layers)
+    return Run(kind, size, build(config))
+
+
+def do(run: Run, workdir: Path) -> Job | None:
+    """Runs or resumes a run; None for one that was finished before.
+
+    Args:
+      run: Of the grid.
+      workdir: Of the grid.
+    """
+    folder = workdir / run.name
+    done = read_metrics(folder)
+    if done and done[-1]["step"] >= run.cfg.steps and "eval/loss" in done[-1]:
+        return None
+    return run_task(run.cfg, folder)
+
+
+def points_of(run: Run, workdir: Path) -> Iterator[Point]:
+    """What a run's evaluations say.
+
+    Compute counts products of every place in a row, padding too, forward and backward, attention
+    and LM head included, the embedding's lookup not.
+    """
+    cfg = run.cfg
+    each = train_flops_per_token(cfg.model, cfg.data.sequence_length)
+    _, _, parameters = active_parameters(cfg.model)
+    for record in read_metrics(workdir / run.name):
+        if "eval/loss" in record:
+            tokens = int(record["step"]) * cfg.data.batch_size * cfg.data.sequence_length
+            compute = each * tokens / PFLOPS_DAY
+            yield Point(run.name, compute, parameters, tokens, record["eval/loss"])
