@@ -26,6 +26,7 @@ from flax import nnx
 
 from mmjax import Decoder, HybridCache, ModelConfig
 from mmjax.sharding import make_mesh
+from train.allocator import keep_freed_memory
 from train.batches import minibatches
 from train.cispo import cispo_step
 from train.cispo_config import CispoConfig
@@ -126,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--peer-python", help="interpreter with torch and transformers")
     args = parser.parse_args()
+    keep_freed_memory()
     peer = {}
     if args.peer_python:
         code = f"LENGTHS = {LENGTHS}\n{_PEER}"
@@ -133,7 +135,7 @@ def main() -> None:
             [args.peer_python, "-c", code], capture_output=True, text=True, check=True
         )
         peer = json.loads(done.stdout.splitlines()[-1])
-    make = jax.jit(lambda: nnx.split(Decoder(ModelConfig.tiny(), rngs=nnx.Rngs(0), remat="layer")))
+    make = jax.jit(lambda: nnx.split(Decoder(ModelConfig.tiny(), rngs=nnx.Rngs(0), remat="none")))
     graphdef, params = make()
     model = nnx.merge(graphdef, params)
     print(f"{platform.machine()}, {jax.device_count()} device, jax {jax.__version__}\n")

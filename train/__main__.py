@@ -91,8 +91,10 @@ def main(argv: list[str]) -> None:
     from mmjax.engine import RequestError
     from mmjax.sharding import ShardingError
     from mmjax.tokenizer import TokenizerError
+    from train.allocator import keep_freed_memory
 
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
+    keep_freed_memory()
     try:
         cfg = job_config()
         from train import distributed

@@ -27,6 +27,7 @@ from rich.table import Table
 import mmjax
 from mmjax.sharding import make_mesh
 from mmjax.tokenizer import Tokenizer
+from train.allocator import keep_freed_memory
 from train.config import JobConfig, build
 from train.data.reasoning import Problem, ReasoningProblems, split_problems
 from train.metrics import read_metrics
@@ -176,6 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.WARNING)
+    keep_freed_memory()
     summary = run(args.workdir, args.seed)
     print(f"done in {summary['total_seconds']:.0f} s")
 

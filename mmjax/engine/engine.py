@@ -17,9 +17,9 @@ from kernels_pallas import dispatch
 from mmjax.engine.images import Features, ImagePrompt
 from mmjax.engine.memory import Memory
 from mmjax.engine.pages import Prefix
-from mmjax.engine.programs import BURST, compiled, idle_rows, pack_rows
+from mmjax.engine.programs import BURST, compiled, idle_rows, pack_rows, prefill_rows
 from mmjax.engine.results import Completion, EngineStats, Output, RequestError, TokenLogprob
-from mmjax.engine.sample import Request, Sample, Schedule, seed_words
+from mmjax.engine.sample import Chunk, Request, Sample, Schedule, seed_words
 from mmjax.engine.sampling import SamplingParams
 from mmjax.model import Decoder, ImageTokens
 from mmjax.sharding import SERVING_RULES, param_shardings
@@ -277,11 +277,11 @@ class Engine:
         """Compiles every program; from here on nothing is compiled."""
         with self._on_mesh():
             for size in self._schedule.sizes:
-                self._run_chunk(np.zeros(size, np.int32), 0, (-1, 0, 0))
+                self._run_chunks([], size)
                 if self._features is not None:
                     nothing = np.zeros((1, size, self.cfg.hidden_size), self.cfg.dtype)
                     images = ImageTokens(nothing, np.full((1, size), -1, np.int32))  # type: ignore[arg-type]
-                    self._run_chunk(np.zeros(size, np.int32), 0, (-1, 0, 0), images)
+                    self._run_chunks([], size, images)
             if self._features is not None:
                 self._features.warm_up()
             for shape in itertools.product(self._widths, self._table_widths):
@@ -324,7 +324,7 @@ class Engine:
             else:
                 blocked.append(sample)
                 break
-        self._memory.fork_admitted()
+        self._memory.fork()
         self._waiting = blocked + self._waiting
 
     def _awaits(self, sample: Sample, filling: set[bytes]) -> bool:
@@ -361,32 +361,53 @@ class Engine:
         """Computes chunks of prompts, the oldest first, `prefill_chunk` tokens at most; whether it
         computed any.
         """
-        left = self._schedule.largest
+        left, chunks = self._schedule.largest, list[Chunk]()
         for sample in self._running:
             while sample.computed < sample.target:
                 end = self._schedule.end(sample.computed, sample.target)
-                size = self._schedule.size(end - sample.computed)
-                if size > left:
+                chunk = Chunk(
+                    sample, sample.computed, end, self._schedule.size(end - sample.computed)
+                )
+                if chunk.size > left:
+                    self._extend(chunks)
                     return True
-                left -= size
-                self._extend(sample, end, size)
+                left -= chunk.size
+                if chunks and not self._joins(chunk, chunks):
+                    self._extend(chunks)
+                    chunks = []
+                chunks.append(chunk)
+                sample.computed = end
+        self._extend(chunks)
         return left < self._schedule.largest
 
-    def _extend(self, sample: Sample, end: int, size: int) -> None:
-        """Takes the sample's tokens up to `end` into the cache."""
-        assert sample.slot is not None
-        count = end - sample.computed
-        chunk = np.zeros(size, np.int32)
-        chunk[:count] = sample.tokens()[sample.computed : end]
+    def _joins(self, chunk: Chunk, others: list[Chunk]) -> bool:
+        """Whether a chunk can be computed in one call with others."""
+        last = others[-1]
+        return (
+            chunk.size == last.size
+            and chunk.sample is not last.sample
+            and not (chunk.sample.request.images or last.sample.request.images)
+            and len(others) < self._prefill_rows(chunk.size)
+        )
+
+    def _prefill_rows(self, size: int) -> int:
+        return min(prefill_rows(self._schedule.largest // size), self._slots)
+
+    def _extend(self, chunks: list[Chunk]) -> None:
+        """Takes chunks of one size, each of another sample, into the cache."""
+        if not chunks:
+            return
+        sample, start, end, size = chunks[0]
         images = None
         if sample.request.images:
             assert self._features is not None
-            images = self._features.chunk(sample.request.images, sample.computed, end, size)
-        self._run_chunk(chunk, sample.slot, (sample.slot, sample.computed, count), images)
-        sample.computed = end
-        digest = dict(sample.digests()).get(end)
-        assert digest is not None
-        self._memory.keep_prefix(sample, digest)
+            images = self._features.chunk(sample.request.images, start, end, size)
+        self._run_chunks(chunks, size, images)
+        for sample, _, end, _ in chunks:
+            digest = dict(sample.digests()).get(end)
+            assert digest is not None
+            self._memory.keep_prefix(sample, digest)
+        self._memory.fork()
 
     def _decode(self) -> list[Output]:
         """One burst for every sample whose prompt is in the cache."""
@@ -467,20 +488,20 @@ class Engine:
     def _run_tower(self, tiles: np.ndarray) -> np.ndarray:
         return np.asarray(self._programs.features(self._leaves, tiles))
 
-    def _run_chunk(
-        self,
-        chunk: np.ndarray,
-        row: int,
-        place: tuple[int, int, int],
-        images: ImageTokens | None = None,
+    def _run_chunks(
+        self, chunks: list[Chunk], size: int, images: ImageTokens | None = None
     ) -> None:
+        """Prefills chunks of one size; image tokens are those of a single one."""
+        rows = 1 if images is not None else self._prefill_rows(size)
+        tokens, places = np.zeros((rows, size), np.int32), np.full((rows, 3), (-1, 0, 0), np.int32)
+        table = np.zeros((rows, self._memory.table.shape[1]), np.int32)
+        for row, (sample, start, end, _) in enumerate(chunks):
+            assert sample.slot is not None
+            tokens[row, : end - start] = sample.tokens()[start:end]
+            places[row] = sample.slot, start, end - start
+            table[row] = self._memory.table[sample.slot]
         self._memory.pools = self._programs.prefill(
-            self._leaves,
-            self._memory.pools,
-            chunk,
-            self._memory.table[row].copy(),
-            np.array(place, np.int32),
-            images,
+            self._leaves, self._memory.pools, tokens, table, places, np.int32(len(chunks)), images
         )
 
     def _run_burst(self, packed: np.ndarray, table: np.ndarray, steps: int, *, top: bool) -> _Drawn:

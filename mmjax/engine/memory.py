@@ -71,7 +71,7 @@ class Memory:
     def admit(self, sample: Sample, prefix: Prefix | None, tokens: int) -> bool:
         """Gives a sample a slot, and pages for so many tokens; False, and nothing, if it cannot.
 
-        What the slot and a shared last page begin with is there after `fork_admitted`.
+        What the slot and a shared last page begin with is there after `fork`.
         """
         shared = prefix.pages[: prefix.length // self.page_size] if prefix else []
         # Held, so that making room cannot take them.
@@ -110,14 +110,16 @@ class Memory:
         sample.slot, sample.pages, sample.moved = None, [], None
 
     def keep_prefix(self, sample: Sample, digest: bytes) -> None:
-        """Keeps what the sample has computed so far for others that begin alike."""
+        """Keeps what the sample has computed so far for others that begin alike; to be followed by
+        `fork` before the sample goes on.
+        """
         if not self.keeps_prefixes or digest in self.prefixes:
             return
         pages = sample.pages[: self.pages_for(sample.computed)]
         slot = self.prefixes.add(digest, sample.computed, pages)
         assert slot is not None
         assert sample.slot is not None
-        self._fork([((sample.slot, slot), (0, 0))])
+        self._forks.append(((sample.slot, slot), (0, 0)))
 
     def move_out(self, sample: Sample) -> None:
         """Brings a sample to the host, bit for bit."""
@@ -150,20 +152,20 @@ class Memory:
 
     def warm_up(self) -> None:
         """Compiles what moves rows, without moving any."""
-        self._fork([((self._zeros, self._zeros), (0, 0))])
+        self._run_fork([((self._zeros, self._zeros), (0, 0))])
         nothing = np.full(MOVED_PAGES, self.total, np.int32)
         moved = jax.device_get(
             programs.extract(self.pools, np.int32(self._zeros), np.zeros_like(nothing))
         )
         self.pools = programs.insert(self.pools, np.int32(self._zeros), nothing, moved)
 
-    def fork_admitted(self) -> None:
-        """Copies, for all samples admitted since the last call, what they begin with."""
+    def fork(self) -> None:
+        """Copies what admitted samples begin with, and what is kept of others, in their order."""
         for start in range(0, len(self._forks), FORKS):
-            self._fork(self._forks[start : start + FORKS])
+            self._run_fork(self._forks[start : start + FORKS])
         self._forks = []
 
-    def _fork(self, forks: list[tuple[tuple[int, int], tuple[int, int]]]) -> None:
+    def _run_fork(self, forks: list[tuple[tuple[int, int], tuple[int, int]]]) -> None:
         copies = np.zeros((FORKS, 2, 2), np.int32)
         copies[: len(forks)] = forks
         self.pools = programs.fork(self.pools, copies, np.int32(len(forks)))

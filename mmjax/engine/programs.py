@@ -26,6 +26,8 @@ STOPS, FORCED = 8, 16
 MOVED_PAGES = 16
 # Samples whose beginnings one call copies.
 FORKS = 32
+# Rows whose chunks one call computes on a CPU, where small models take less time than a call.
+CPU_PREFILL_ROWS = 64
 
 
 class Pools(NamedTuple):
@@ -169,6 +171,11 @@ def compiled(graphdef: Any, treedef: Any) -> Programs:
     )
 
 
+def prefill_rows(tokens: int) -> int:
+    """Rows of a call that computes so many tokens of all rows together, 1 or more tokens a row."""
+    return min(tokens, CPU_PREFILL_ROWS) if dispatch.target().platform == "cpu" else 1
+
+
 def _model(graphdef: Any, treedef: Any, leaves: list[jax.Array]) -> Decoder:
     return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
 
@@ -178,35 +185,44 @@ def _prefill(
     pools: Pools,
     tokens: jax.Array,
     table: jax.Array,
-    place: jax.Array,
+    places: jax.Array,
+    count: jax.Array,
     images: ImageTokens | None = None,
     *,
     graphdef: Any,
     treedef: Any,
 ) -> Pools:
-    """Takes a chunk of one row into the cache.
+    """Takes a chunk of each of `count` rows into the cache, one after another: a row's bits are
+    those that it has alone, and the host is asked once.
 
     Args:
       leaves: Parameters.
       pools: Donated.
       graphdef: With treedef, the decoder's structure.
       treedef: Of its parameters.
-      tokens: [T], padded on the right.
-      table: [W], the row's pages.
-      place: [3]: state slot, tokens so far, real tokens of the chunk.
-      images: Of the chunk's tokens, [1, T, D] and [1, T].
+      tokens: [R, T], padded on the right.
+      table: [R, W], the rows' pages.
+      places: [R, 3]: state slot, tokens so far, real tokens of the chunk.
+      count: [], at most R.
+      images: Of the chunk's tokens, [1, T, D] and [1, T], where R is 1.
     """
-    slot, length, count = place
-    cache = PagedCache(*pools, table[None], slot[None], length[None])
-    real = jnp.arange(tokens.size, dtype=jnp.int32) < count
-    out = _model(graphdef, treedef, leaves)(
-        tokens[None],
-        segment_ids=real[None].astype(jnp.int32),
-        cache=cache,
-        images=images,
-        compute_logits=False,
-    )
-    return Pools(*out.cache[:3])._pinned()
+    model = _model(graphdef, treedef, leaves)
+
+    def extend(row: jax.Array | int, pools: Pools) -> Pools:
+        slot, length, real = places[row]
+        cache = PagedCache(*pools, table[row][None], slot[None], length[None])
+        out = model(
+            tokens[row][None],
+            segment_ids=(jnp.arange(tokens.shape[1]) < real)[None].astype(jnp.int32),
+            cache=cache,
+            images=images,
+            compute_logits=False,
+        )
+        return Pools(*out.cache[:3])
+
+    if len(tokens) == 1:
+        return extend(0, pools)._pinned()
+    return jax.lax.fori_loop(0, count, extend, pools)._pinned()
 
 
 def _features(

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,7 +57,7 @@ class Schedule:
         """The lengths that chunks are padded to, ascending."""
         found, size = [self.largest], self.largest
         while size > 16:
-            size = max(size // (2 if size > 64 else 4), 16)
+            size = max(size // 2, 16)
             found.append(size)
         return found[::-1]
 
@@ -239,6 +239,15 @@ class Sample:
         """What the sample gained."""
         prompt = len(self.request.prompt)
         return Output(self.request.id, self.index, ids, text, logprobs, reason, prompt, self.cached)
+
+
+class Chunk(NamedTuple):
+    """Tokens `start` to `end` of a sample, which are computed together, padded to `size`."""
+
+    sample: Sample
+    start: int
+    end: int
+    size: int
 
 
 def seed_words(seed: int, index: int) -> tuple[int, int]:

@@ -370,7 +370,8 @@ def _extend_pool(
     *,
     axis: str | None,
 ) -> tuple[jax.Array, jax.Array]:
-    before = state[layer, jnp.maximum(slots, 0)]
+    # Behind the barrier XLA would read it again from a pool that it copies for that.
+    before, state = jax.lax.optimization_barrier((state[layer, jnp.maximum(slots, 0)], state))
     body = _local if axis is None else partial(lasp, axis=axis)
     out, after = body(q, k, v, decay, segment_ids, before)
     into = jnp.where(slots >= 0, slots, state.shape[1])  # past the end: dropped

@@ -197,6 +197,24 @@ def test_prefixes_give_way_to_running_samples(engine, model):
     assert_all_free(engine)
 
 
+def test_short_prompts_are_computed_in_one_call(engine, model, monkeypatch):
+    """Two chunks of 16 tokens are as many as a round takes; to the bit what each gets alone."""
+    run, together = engine._run_chunks, []
+
+    def counted(chunks, *args):
+        together.append(len(chunks))
+        run(chunks, *args)
+
+    monkeypatch.setattr(engine, "_run_chunks", counted)
+    engine.update(model)
+    prompts = [prompt(9, seed) for seed in range(4)]
+    done = engine.generate(prompts, GREEDY)
+    assert together == [2, 2]
+    for completion, ids in zip(done, prompts, strict=True):
+        assert told(completion) == told(alone(engine, model, ids, GREEDY)[0])
+    assert together[2:] == [1] * 4
+
+
 # How a sample ends.
 
 
