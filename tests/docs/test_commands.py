@@ -1,5 +1,6 @@
 """What README.md, CONTRIBUTING.md and docs/ print exists; with -m commands, it runs as printed."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -176,6 +177,14 @@ class _Server:
         self._process.send_signal(signal.SIGTERM)
         assert self._process.wait(SECONDS) == 0, self._log.read_text()
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
 
 def _runnable(page):
     return any(b.language in ("sh", "python") and not b.reason for b in blocks(page))
@@ -192,6 +201,11 @@ def _groups():
 @pytest.mark.commands
 @pytest.mark.parametrize("page", list(_groups()))
 def test_the_page_runs_as_printed(page, checkout):
+    with contextlib.ExitStack() as servers:
+        _run_page(page, checkout, servers)
+
+
+def _run_page(page, checkout, servers):
     # The Python blocks of a page share their names, as they would in a session of a reader.
     python, server, before = [], None, None
     for block in blocks(page):
@@ -201,7 +215,7 @@ def test_the_page_runs_as_printed(page, checkout):
         if block.reason or block.language == "text":
             continue
         if block.background:
-            server = _Server(block, checkout)
+            server = servers.enter_context(_Server(block, checkout))
             server.ready()
         elif block.language == "sh":
             before = _run(["bash", "-euo", "pipefail", "-c", block.text], checkout)
