@@ -147,10 +147,10 @@ def prefill(model: Decoder, length: int, chunk: int) -> float:
 def curve(model: Decoder, length: int, chunk: int) -> list[tuple[int, float, int]]:
     """Of each whole chunk of one long prompt: tokens before it, seconds, bytes in use after it."""
     engine = Engine(
-        model, max_slots=1, max_length=length + 1, prefill_chunk=chunk, num_prefixes=0,
-        num_pages=length // 64 + 1,
+        model, max_slots=1, max_length=length, prefill_chunk=chunk, num_prefixes=0,
+        num_pages=-(-length // 64),
     )  # fmt: skip
-    first, prompt = prompts(model.cfg, 2, length)
+    first, prompt = prompts(model.cfg, 2, length - 1)
     engine.generate([first[: 2 * chunk]], greedy(1))  # compiles
     engine.add(prompt, greedy(1))
     found = []

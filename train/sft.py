@@ -8,7 +8,7 @@ from pathlib import Path
 from train import pictures
 from train.config import JobConfig
 from train.data.pipeline import make_stream, sample_texts
-from train.evaluation import recall
+from train.evaluation.recall import recall_tokenizer
 from train.job import Job
 from train.language import fit
 from train.tokenizing import job_tokenizer
@@ -27,13 +27,12 @@ def run(cfg: JobConfig, workdir: Path) -> Job:
     if cfg.data.source == "pictures":
         return pictures.run(cfg, workdir)
     if cfg.data.source == "recall":
-        return recall.run(cfg, workdir)
-    if cfg.data.source == "reasoning":
+        tokenizer = recall_tokenizer(cfg, workdir)
+    elif cfg.data.source == "reasoning":
         from train.data.reasoning import worked_texts  # reasoning-gym takes seconds to import
 
-        texts = worked_texts(cfg)
+        tokenizer = job_tokenizer(cfg, workdir, worked_texts(cfg))
     else:
-        texts = sample_texts(cfg.data)
-    tokenizer = job_tokenizer(cfg, workdir, texts)
+        tokenizer = job_tokenizer(cfg, workdir, sample_texts(cfg.data))
     job = Job(cfg, workdir, tokenizer, cfg.steps)
     return fit(job, partial(make_stream, tokenizer=tokenizer))

@@ -34,7 +34,7 @@ def make_stream(
     """Endless batches of packed rows of one stage, checkpointable.
 
     Args:
-      cfg: The stage's data, with data.source "text" or "reasoning".
+      cfg: The stage's data, with data.source "text", "reasoning" or "recall".
       tokenizer: Of the model.
       steps: Of the stage, over which weights go to those of the mixture.
       from_weights: By source, the weights that the stage starts with; a source that is not named
@@ -53,6 +53,10 @@ def make_stream(
         from train.data.reasoning import worked_examples  # reasoning-gym takes seconds to import
 
         return example_stream(worked_examples(cfg, tokenizer), cfg, rows=rows)
+    if data.source == "recall":
+        from train.evaluation.recall import recall_examples
+
+        return example_stream(recall_examples(cfg, tokenizer), cfg, rows=rows)
     start = _start_weights(data, from_weights)
     opened = {source.name: open_source(source) for source in data.sources}
     encoders = {s.name: encoder(s, tokenizer, data) for s in data.sources}

@@ -9,7 +9,7 @@ from typing import overload
 
 from mmjax.tokenizer import Tokenizer
 from train.config import DataConfig
-from train.data.packing import Example
+from train.data.examples import Example
 from train.evaluation.tasks import Encoder, Sample, Task, TooShortError
 
 # Examples of an epoch: more than any job reads.

@@ -1,31 +1,31 @@
-"""Supervised fine-tuning on the synthetic tasks."""
+"""What supervised fine-tuning on the synthetic tasks reads, and with which tokenizer."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from mmjax.tokenizer import Tokenizer
 from train.config import JobConfig
-from train.data.pipeline import example_stream
 from train.evaluation.examples import RecallExamples
 from train.evaluation.lexicon import word_tokenizer
 from train.evaluation.loop import suite_of
-from train.job import Job
-from train.language import fit
 from train.tokenizing import job_tokenizer
 
 
-def run(cfg: JobConfig, workdir: Path) -> Job:
-    """Runs or resumes the job.
+def recall_tokenizer(cfg: JobConfig, workdir: Path) -> Tokenizer:
+    """The workdir's own, that of `data.tokenizer` or of `init_from`; else one of the tasks' words.
 
     Args:
       cfg: With data.source "recall".
       workdir: Folder of the job.
     """
-    given = (workdir / "tokenizer.json").exists() or cfg.data.tokenizer or cfg.init_from
-    tokenizer = job_tokenizer(cfg, workdir, ()) if given else word_tokenizer()
+    if (workdir / "tokenizer.json").exists() or cfg.data.tokenizer or cfg.init_from:
+        return job_tokenizer(cfg, workdir, ())
+    return word_tokenizer()
+
+
+def recall_examples(cfg: JobConfig, tokenizer: Tokenizer) -> RecallExamples:
+    """Examples of the job's tasks, none of which has a prompt that the job is evaluated on."""
     suite = suite_of(cfg, tokenizer)
-    examples = RecallExamples(
-        cfg.data, tokenizer, cfg.seed, suite.prompts if suite else frozenset()
-    )
-    job = Job(cfg, workdir, tokenizer, cfg.steps)
-    return fit(job, lambda cfg, **_: example_stream(examples, cfg, rows=job.rows))
+    exclude = suite.prompts if suite else frozenset()
+    return RecallExamples(cfg.data, tokenizer, cfg.seed, exclude)

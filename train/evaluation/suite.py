@@ -10,8 +10,9 @@ import numpy as np
 
 from mmjax.config import ConfigError
 from mmjax.tokenizer import Tokenizer
-from train.config import EvaluationConfig
-from train.data.text import read_documents
+from train.config import EvaluationConfig, SourceConfig
+from train.data.examples import Skipped, TextEncoder
+from train.data.pipeline import open_source
 from train.evaluation.examples import prompt_hash
 from train.evaluation.tasks import Encoder, Sample, Task
 
@@ -75,9 +76,14 @@ class Suite:
     def _read(self) -> Texts:
         """Stretches of documents, as long as the longest of the lengths where they can be."""
         length = max(self.cfg.lengths)
+        source = open_source(SourceConfig("evaluation.paths", self.cfg.paths))
+        encode = TextEncoder(self._tokenizer, source.field)
         rows = []
-        for document in read_documents(self.cfg.paths):
-            ids = [*self._tokenizer.encode(document), self._tokenizer.eos_id]
+        for i in range(len(source)):
+            example = encode(source[i])
+            if isinstance(example, Skipped):
+                continue
+            ids = list(example.ids)
             rows += [ids[i : i + length] for i in range(0, len(ids) - 1, length)]
         # Long ones first, as only they say anything of late positions; spread over the documents.
         whole = [row for row in rows if len(row) == length]
