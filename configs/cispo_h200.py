@@ -10,8 +10,8 @@ from worked solutions, two thirds of them without thinking; then CISPO with 16 u
 batch, as M1 has it, finds out that thinking pays.
 
 Hardware and time: one NVIDIA H200, about 3 minutes for the first job and 10 for the second.
-Expected: held-out accuracy over the four tasks at least 30 points above the first job's; not run
-yet.
+Expected: held-out accuracy over the four tasks at least 30 points above the first job's; not
+reached yet: benchmarks/results/rl_h200.md has what was measured.
 """
 
 from ml_collections import ConfigDict
@@ -50,7 +50,7 @@ def get_config(stage: str = "cispo") -> ConfigDict:
                 "letter_counting(min_words=6, max_words=12)",
                 "products(min_digits=2, max_digits=3)",
             ),
-            "size": 100_000,
+            "size": 30_000,
             "direct_share": 0.65,
             "sequence_length": 1024,
             "batch_size": 32,
