@@ -1,21 +1,20 @@
 """Needles at four times the training length: a hybrid, and its softmax and lightning twins.
 
-    for kind in hybrid softmax lightning; do
-      XLA_PYTHON_CLIENT_MEM_FRACTION=0.3 python -m train --config=configs/recall_h200.py:$kind \
-        --workdir=runs/recall/$kind &
-    done; wait
-    result=evaluation/step_00002500.json
+    python -m train --config=configs/recall_h200.py:hybrid --workdir=runs/recall/hybrid
+    python -m train --config=configs/recall_h200.py:softmax --workdir=runs/recall/softmax
+    python -m train --config=configs/recall_h200.py:lightning --workdir=runs/recall/lightning
     python -m train.evaluation --draw runs/recall/maps.png --trained 1024 \
-      hybrid=runs/recall/hybrid/$result softmax=runs/recall/softmax/$result \
-      lightning=runs/recall/lightning/$result
+      hybrid=runs/recall/hybrid/evaluation/step_00002500.json \
+      softmax=runs/recall/softmax/evaluation/step_00002500.json \
+      lightning=runs/recall/lightning/evaluation/step_00002500.json
 
 Three models of the same width, depth and steps, about 19M parameters, differ in their attention
 alone: seven lightning layers and a softmax as in the papers, eight softmax layers, eight lightning
 layers. They learn needles, conversations and variables in samples of 128 to 1024 tokens and are
 asked at 1, 2, 4 and 8 times that, at nine depths of the needle.
 
-Hardware and time: one NVIDIA H200 for all three side by side, 10 minutes at most. Expected:
-docs/evaluation.md has what was measured.
+Hardware and time: one NVIDIA H200 for all three side by side (XLA_PYTHON_CLIENT_MEM_FRACTION=0.3
+for each), 10 minutes at most. Expected: docs/evaluation.md has what was measured.
 """
 
 from ml_collections import ConfigDict

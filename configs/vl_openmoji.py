@@ -10,8 +10,8 @@ and decoder start from nothing; an answer is right if it is the whole name.
 runs/openmoji/pictures.html shows them.
 
 Hardware and time: one H200, 7 minutes beside other jobs. Expected: at least 45% of the held-out
-pictures named rightly to the letter (measured: 96 of 200); most of the others differ in the colour of
-skin or in "man", "woman" and "person".
+pictures named rightly to the letter (measured: 96 of 200); most of the others differ in the colour
+of skin or in "man", "woman" and "person".
 """
 
 from ml_collections import ConfigDict

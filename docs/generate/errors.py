@@ -86,6 +86,11 @@ KINDS = {
         "The sizes of a mesh multiply to the number of devices; one of them may be -1.",
         "launch",
     ),
+    "TooShortError": Kind(
+        "A synthetic task whose parameters need more tokens than the length that was asked for.",
+        "Ask for longer samples, or for fewer words or needles.",
+        "evaluation",
+    ),
     "TokenizerError": Kind(
         "A tokenizer.json that is missing, broken, or has no end token.",
         "Copy the model's tokenizer.json and tokenizer_config.json into its folder.",

@@ -139,6 +139,12 @@ def _python_faults(rest):
     if not path.exists():
         return [f"there is no module {module}"]
     source = path.read_text()
+    if "DEFINE_" in source:  # absl's flags, which hold a config's keys too.
+        shared = (ROOT / "train" / "__main__.py").read_text() if "job_config" in source else ""
+        known = {*re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source + shared), "help"}
+        return [
+            f"{module} has no {f}" for f in _flags(rest[2:]) if f[2:].split(".")[0] not in known
+        ]
     flags = [f for f in _flags(rest[2:]) if f'"{f}"' not in source and f != "--help"]
     return [f"{module} has no {flag}" for flag in flags]
 
