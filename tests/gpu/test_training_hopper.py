@@ -5,9 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas import dispatch
 from mmjax.layers import experts
 from mmjax.layers.fused_softmax import self_attention, why_not
 from mmjax.layers.softmax import softmax_attention
+
+pytestmark = pytest.mark.skipif(
+    dispatch.target().why_not_hopper() is not None, reason="needs a Hopper GPU"
+)
 
 LENGTH = 1024
 # Tokens of the documents of two rows; what is left is padding, and a last row starts with it.

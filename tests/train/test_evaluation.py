@@ -148,6 +148,7 @@ def job(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_job_evaluates_every_so_often_and_at_its_end(job):
     evaluated = [m["step"] for m in read_metrics(job) if "eval/niah(digits=3)/128" in m]
     assert evaluated == [2, 3]
@@ -160,6 +161,7 @@ def test_job_evaluates_every_so_often_and_at_its_end(job):
     assert np.shape(table["accuracy"]) == (2, 2)
 
 
+@pytest.mark.slow
 def test_workdir_is_evaluated_by_hand(job, tmp_path, capsys):
     task = "niah(digits=3)"
     common = ["--model", str(job), "--task", task, "--depths", "2", "--samples", "1"]

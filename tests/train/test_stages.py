@@ -190,10 +190,12 @@ def straight(tmp_path_factory, optimizer):
     return run
 
 
+@pytest.mark.slow
 def test_each_stage_is_compiled_once(straight):
     assert straight.compiled == 3
 
 
+@pytest.mark.slow
 def test_stages_are_in_the_metrics_and_the_model(straight):
     stages = [m["stage"] for m in read_metrics(straight.job.workdir)]
     assert stages == [1] * 4 + [2] * 4 + [3] * 3
@@ -203,6 +205,7 @@ def test_stages_are_in_the_metrics_and_the_model(straight):
     assert last["total_loss"] == last["loss"]
 
 
+@pytest.mark.slow
 def test_streams_are_told_where_the_stage_before_ended(straight):
     (_, _, nothing), (_, none, first), (steps, weights, second) = straight.made
     assert nothing is None
@@ -216,6 +219,7 @@ def test_streams_are_told_where_the_stage_before_ended(straight):
 LATER = [pytest.param(n, marks=pytest.mark.slow) for n in (1, 4, 9)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [5, 6, *LATER])
 def test_killed_beside_a_change_of_stage_a_job_goes_on_the_same(
     at, straight, tmp_path, monkeypatch, optimizer
@@ -231,6 +235,7 @@ def test_killed_beside_a_change_of_stage_a_job_goes_on_the_same(
     assert steps.count == 0
 
 
+@pytest.mark.slow
 def test_a_change_of_stage_is_told(straight):
     assert straight.told == [
         "stage 1 of 3, warm, steps 1 to 4; 8 x 16 tokens; RoPE base 10000; learning rate 0.8; "
