@@ -20,6 +20,8 @@ from train.config import JobConfig
 from train.metrics import read_metrics
 from train.rollout import Asked, Sampler
 
+pytestmark = pytest.mark.slow
+
 CFG = CispoConfig(prompts_per_batch=2, samples_per_prompt=2, max_prompt_tokens=8, max_new_tokens=20)
 
 

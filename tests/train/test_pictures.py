@@ -35,6 +35,8 @@ from train.gallery import Answer, write_gallery
 from train.optimizer import make_optimizer
 from train.step import _image_tokens, without_gradient
 
+pytestmark = pytest.mark.slow
+
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 24,
