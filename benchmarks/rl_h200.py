@@ -1,10 +1,13 @@
 """Reinforcement on one GPU: algorithms side by side, and how sampler and trainer agree.
 
     python -m benchmarks.rl_h200 start --out runs/rl
+    python -m benchmarks.rl_h200 ways --model runs/rl/start/model
     python -m benchmarks.rl_h200 compare --out runs/rl --algorithms cispo --seeds 0 1 2
     python -m benchmarks.rl_h200 agreement --out runs/rl
 
-`start` fine-tunes the small model that the others begin with. `compare` runs each algorithm with
+`start` fine-tunes the small model that the others begin with. `ways` says what a fine-tuned model
+makes of held-out problems in its own way, answering at once, and thinking first: reinforcement can
+find what lies between the first and the last. `compare` runs each algorithm with
 each seed for the same number of rollout batches of 16 updates, adds to curves.json, and draws
 curves.html of all that is in it: held-out accuracy, its mean and spread over the seeds. `agreement`
 prints the correlation of the sampler's and the trainer's probabilities in bfloat16 with the LM head
@@ -19,7 +22,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -30,12 +33,15 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 import mmjax
+from mmjax.chat import THINK_END, split_thinking
 from mmjax.engine import Engine, SamplingParams
 from mmjax.model import Decoder
+from mmjax.tokenizer import EOS, Tokenizer
 from train.batches import Batch
 from train.cispo import policy_logprobs
 from train.cispo_config import CispoConfig
 from train.config import JobConfig, build
+from train.data.reasoning import ReasoningProblems, prompt_text, worked_solution
 from train.metrics import read_metrics
 from train.policy_losses import agreement
 from train.report import figure
@@ -58,6 +64,9 @@ MODEL = {
     "param_dtype": "float32",
 }
 TASK = "chain_sum(min_terms=5, max_terms=5, min_digits=1, max_digits=2)"
+# Tokens of a solution that set it on the way of thinking: the mark, its line's end, the first two
+# of the first step.
+_STARTED = 4
 
 
 def job(stage: str, out: Path, **changes: object) -> JobConfig:
@@ -127,6 +136,41 @@ def compare(out: Path, algorithms: list[str], seeds: list[int], steps: int) -> N
         start, middle, end = spread[0], spread[len(spread) // 2], spread[-1]
         print(f"| {algorithm} | {len(runs)} | {start[1]:.3f} | {middle[1]:.3f} | ", end="")
         print(f"{end[1]:.3f} ({end[2]:.3f}, {end[3]:.3f}) |")
+
+
+def print_ways(folder: Path, tasks: Sequence[str], size: int) -> None:
+    """Greedy accuracy by task, and that of answers whose start is given."""
+    tokenizer = Tokenizer.load(folder)
+    problems = ReasoningProblems(tasks, size, 10**6, held_out=True)
+    close = tokenizer.encode(THINK_END)
+    prompts: list[list[int]] = []
+    for problem in problems:
+        prompt = tokenizer.encode(prompt_text(problem))
+        thinking, at_once = (
+            tokenizer.encode(worked_solution(problem, thinking=way)) for way in (True, False)
+        )
+        # As far as the first step's first tokens, and as far as the end of no thinking.
+        prompts += [
+            prompt,
+            prompt + at_once[: at_once.index(close[0]) + len(close)],
+            prompt + thinking[:_STARTED],
+        ]
+    engine = Engine(mmjax.load(folder, dtype="bfloat16"), tokenizer, max_slots=512, max_length=1024)
+    done = engine.generate(prompts, SamplingParams(512, temperature=0.0))
+    scores: dict[str, list[list[float]]] = {}
+    for i, problem in enumerate(problems):
+        texts = [
+            tokenizer.decode(
+                [*prompts[3 * i + way][len(prompts[3 * i]) :], *done[3 * i + way].token_ids]
+            )
+            for way in range(3)
+        ]
+        got = [problems.score(problem, split_thinking(text.removesuffix(EOS))[1]) for text in texts]
+        scores.setdefault(problem.task, []).append(got)
+    print("| task | problems | its own way | at once | thinking |\n|---|---|---|---|---|")
+    for task, rows in scores.items():
+        values = " | ".join(f"{value:.3f}" for value in np.mean(rows, axis=0))
+        print(f"| {task} | {len(rows)} | {values} |", flush=True)
 
 
 def _spread(runs: dict[str, list[list[float]]]) -> list[tuple[float, float, float, float]]:
@@ -255,8 +299,11 @@ def _print_drift(batch: Batch[np.ndarray]) -> None:
 def main() -> None:
     """Command line of this module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("start", "compare", "agreement"))
+    parser.add_argument("what", choices=("start", "ways", "compare", "agreement"))
     parser.add_argument("--out", type=Path, default=Path("runs/rl"))
+    parser.add_argument("--model", type=Path, help="folder, of `ways`")
+    parser.add_argument("--tasks", nargs="+", default=[TASK], help="of `ways`")
+    parser.add_argument("--problems", type=int, default=512, help="held-out ones of `ways`")
     parser.add_argument("--algorithms", nargs="+", default=["cispo", "dapo", "grpo"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=STEPS, help="rollout batches of a run")
@@ -266,6 +313,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.what == "start":
         run_task(job("sft", args.out), args.out / "start")
+    elif args.what == "ways":
+        print_ways(args.model or args.out / "start" / "model", args.tasks, args.problems)
     elif args.what == "compare":
         compare(args.out, args.algorithms, args.seeds, args.steps)
     else:
