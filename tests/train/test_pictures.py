@@ -133,7 +133,7 @@ def test_packed_tokens_find_their_own_pictures(folder, tokenizer, vision):
 
 
 def test_packing_without_pictures_has_none(tokenizer):
-    batch = next(batches([Example([1, 2, 3], [1, 1, 1])] * 9, DataConfig(sequence_length=8)))
+    batch = next(batches([Example.answering([], [1, 2, 3])] * 9, DataConfig(sequence_length=8)))
     assert set(batch) == {"tokens", "segment_ids", "positions", "loss_mask"}
 
 

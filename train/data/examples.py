@@ -11,6 +11,8 @@ from mmjax.chat import THINK_END, THINK_START, chat_turns
 from mmjax.tokenizer import Tokenizer
 from train.data.documents import Record
 
+_NONE = np.zeros(0, np.int32)
+
 
 class Example(NamedTuple):
     """ids of one document, and 1 for each that is to be predicted.
@@ -20,11 +22,19 @@ class Example(NamedTuple):
     came as U+FFFD.
     """
 
-    ids: Sequence[int] | np.ndarray
-    loss_mask: Sequence[int] | np.ndarray
-    tiles: Sequence[int] = ()
-    features: Sequence[int] = ()
+    # Arrays: a list takes ten times the memory, and Grain, which measures what passes through it,
+    # goes through one number by number.
+    ids: np.ndarray
+    loss_mask: np.ndarray
+    tiles: np.ndarray = _NONE
+    features: np.ndarray = _NONE
     undecodable: bool = False
+
+    @classmethod
+    def answering(cls, prompt: Sequence[int], answer: Sequence[int]) -> Example:
+        """A prompt with its answer, which alone is to be predicted."""
+        ids = np.array([*prompt, *answer], np.int32)
+        return cls(ids, (np.arange(len(ids)) >= len(prompt)).astype(np.int8))
 
 
 class Skipped(NamedTuple):
@@ -51,7 +61,6 @@ class TextEncoder:
         if wrong is not None:
             return wrong
         ids = [*self._tokenizer.encode(record.row[self._field]), self._tokenizer.eos_id]
-        # Lists of numbers would take ten times the memory while they wait.
         mask = np.ones(len(ids), np.int8)
         return Example(np.asarray(ids, np.int32), mask, undecodable=record.undecodable)
 

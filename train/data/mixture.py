@@ -102,24 +102,32 @@ class BlockShuffle(grain.MapDataset):
         super().__init__(parent)
         self._sizes, self._seed = sizes, seed
         self._starts = np.cumsum(sizes) - sizes
+        self._length = len(parent)
 
     def __len__(self) -> int:
-        return len(self._parent)
+        return self._length
 
     def __getitem__(self, index: int) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        epoch, place = divmod(index, len(self))
+        epoch, place = divmod(index, self._length)
+        if len(self._sizes) == 1:
+            seed = self._group_seed(epoch, 0)
+            return self._parent[_shuffled(place, self._length, seed) + epoch * self._length]
         order, ends = self._order(epoch)
         first = int(np.searchsorted(ends, place, side="right")) // _TOGETHER * _TOGETHER
         before = int(ends[first - 1]) if first else 0
         group = order[first : first + _TOGETHER]
         inner = np.cumsum(self._sizes[group])
-        seed = zlib.crc32(f"{self._seed} {epoch} {first}".encode())
-        row = _shuffled(place - before, int(inner[-1]), seed)
+        row = _shuffled(place - before, int(inner[-1]), self._group_seed(epoch, first))
         block = int(np.searchsorted(inner, row, side="right"))
         within = row - (int(inner[block - 1]) if block else 0)
-        return self._parent[int(self._starts[group[block]]) + within + epoch * len(self)]
+        return self._parent[int(self._starts[group[block]]) + within + epoch * self._length]
+
+    @lru_cache(maxsize=8)  # noqa: B019 - as below
+    def _group_seed(self, epoch: int, first: int) -> int:
+        """Of the rows of the blocks from `first` on."""
+        return zlib.crc32(f"{self._seed} {epoch} {first}".encode())
 
     @lru_cache(maxsize=2)  # noqa: B019 - as many of these as a job has sources and streams
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:

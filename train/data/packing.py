@@ -173,9 +173,8 @@ class PackingIterator(grain.DatasetIterator):
     def _see(self, row: Row, here: slice, example: Example, first: int) -> None:
         """Puts an example's tiles into the row, from number `first` on."""
         assert self._pictures is not None
-        tiles = np.asarray(example.tiles, np.intp)
+        tiles, index = example.tiles, example.features
         row["tiles"][first : first + len(tiles)] = self._pictures.tiles[tiles]
-        index = np.asarray(example.features, np.int32)
         # Row 0 of the features is the newline, whichever the tiles.
         row["image_index"][here] = np.where(
             index > 0, index + first * self._pictures.patches, index

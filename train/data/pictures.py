@@ -132,7 +132,7 @@ def picture_examples(
                 f"data.sequence_length {data.sequence_length} and data.tiles_per_row "
                 f"{data.tiles_per_row}"
             )
-        mask = [0] * len(ids) + [1] * len(answer)
-        examples.append(Example([*ids.tolist(), *answer], mask, numbers, features.tolist()))
+        example = Example.answering(ids.tolist(), answer)
+        examples.append(example._replace(tiles=np.array(numbers, np.int32), features=features))
         count = numbers.stop
     return examples, Pictures(np.concatenate(cut), cfg.patches, data.tiles_per_row)

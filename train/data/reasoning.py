@@ -168,7 +168,7 @@ def worked_examples(cfg: JobConfig, tokenizer: Tokenizer) -> list[Example]:
                 f"a worked solution takes {len(prompt) + len(solution)} tokens, "
                 f"data.sequence_length is {length}: {problem.question!r}"
             )
-        examples.append(Example(prompt + solution, [0] * len(prompt) + [1] * len(solution)))
+        examples.append(Example.answering(prompt, solution))
     return examples
 
 

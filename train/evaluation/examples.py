@@ -65,7 +65,7 @@ class RecallExamples(Sequence[Example]):
             part.__dict__ |= self.__dict__ | {"_numbers": self._numbers[index]}
             return part
         prompt, answer = self._encoder.prompt_and_answer(self._sample(self._numbers[index]))
-        return Example(prompt + answer, [0] * len(prompt) + [1] * len(answer))
+        return Example.answering(prompt, answer)
 
     def _sample(self, number: int) -> Sample:
         rng = random.Random(f"{self._seed}/{number}")

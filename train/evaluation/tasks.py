@@ -466,6 +466,19 @@ _GENERATORS: Mapping[str, Generator] = {
 }
 
 
+class _Kept(dict[str, list[int]]):
+    """What a function gives for a text, kept. A dict, since most of a sample's making is looking
+    up in it.
+    """
+
+    def __init__(self, encode: Callable[[str], list[int]]) -> None:
+        super().__init__()
+        self._encode = encode
+
+    def __missing__(self, text: str) -> list[int]:
+        return self.setdefault(text, self._encode(text))
+
+
 class Encoder:
     """Ids of pieces, kept; of whole texts where the tokenizer does not cut where pieces end.
 
@@ -475,19 +488,12 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._kept: dict[str, list[int]] = {}
+        self._ids = _Kept(tokenizer.encode)
         self._whole = False
-
-    def ids(self, piece: str) -> list[int]:
-        """Of one piece."""
-        found = self._kept.get(piece)
-        if found is None:
-            found = self._kept[piece] = self._tokenizer.encode(piece)
-        return found
 
     def count(self, piece: str) -> int:
         """Tokens of one piece."""
-        return len(self.ids(piece))
+        return len(self._ids[piece])
 
     def check(self, sample: Sample) -> None:
         """Encodes whole texts from now on if the pieces of this one encode otherwise."""
@@ -503,7 +509,7 @@ class Encoder:
         return self._joined(sample.prompt), self._joined(sample.answer)
 
     def _joined(self, pieces: Sequence[str]) -> list[int]:
-        return list(itertools.chain.from_iterable(map(self.ids, pieces)))
+        return list(itertools.chain.from_iterable(map(self._ids.__getitem__, pieces)))
 
 
 class Task:

@@ -167,7 +167,7 @@ def test_pieces_of_a_long_document_are_spread():
 
 
 def pool(name, start, end=None, sizes=(5,), skipped=()):
-    rows = [Example([1] * n, [1] * n) for n in sizes] + list(skipped)
+    rows = [Example.answering([], [1] * n) for n in sizes] + list(skipped)
     order = ordered(Held(rows), lambda example: example, 0, 0, 1)
     return Pool(name, order, start, start if end is None else end)
 
