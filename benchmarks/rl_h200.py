@@ -63,7 +63,7 @@ MODEL = {
     "dtype": "bfloat16",
     "param_dtype": "float32",
 }
-TASK = "chain_sum(min_terms=5, max_terms=5, min_digits=1, max_digits=2)"
+TASK = "chain_sum(min_terms=5, max_terms=5, min_digits=2, max_digits=2)"
 # Tokens of a solution that set it on the way of thinking: the mark, its line's end, the first two
 # of the first step.
 _STARTED = 4
@@ -74,14 +74,14 @@ def job(stage: str, out: Path, **changes: object) -> JobConfig:
     config = ConfigDict(
         {
             "task": stage,
-            "steps": 800 if stage == "sft" else STEPS,
+            "steps": 1500 if stage == "sft" else STEPS,
             "remat": "none",
             "log_every": 20,
             "model": MODEL,
             "data": {
                 "source": "reasoning",
                 "tasks": (TASK,),
-                "size": 50_000,
+                "size": 100_000,
                 "direct_share": 0.65,
                 "sequence_length": 256,
                 "batch_size": 64,
@@ -97,7 +97,7 @@ def job(stage: str, out: Path, **changes: object) -> JobConfig:
             },
             "sampling": {"rounds": 2},
             "optimizer": {
-                "learning_rate": 2e-3 if stage == "sft" else RATE,
+                "learning_rate": 1e-3 if stage == "sft" else RATE,
                 "weight_decay": 0.01,
                 "warmup_steps": 20,
                 "decay": "cosine" if stage == "sft" else "constant",

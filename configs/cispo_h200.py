@@ -50,7 +50,7 @@ def get_config(stage: str = "cispo") -> ConfigDict:
                 "letter_counting(min_words=6, max_words=12)",
                 "products(min_digits=2, max_digits=3)",
             ),
-            "size": 30_000,
+            "size": 100_000,
             "direct_share": 0.65,
             "sequence_length": 1024,
             "batch_size": 32,
@@ -76,7 +76,7 @@ def get_config(stage: str = "cispo") -> ConfigDict:
     config.optimizer = ConfigDict({"weight_decay": 0.01, "decay": "cosine"})
     config.checkpoint = ConfigDict({"every": 200, "export": "hf"})
     if stage == "sft":
-        config.steps = 1200
+        config.steps = 1500
         config.log_every = 50
         config.optimizer.learning_rate = 1e-3
         config.optimizer.warmup_steps = 50
