@@ -4,6 +4,7 @@
     python -m benchmarks.rl_h200 ways --model runs/rl/start/model
     python -m benchmarks.rl_h200 compare --out runs/rl --algorithms cispo --seeds 0 1 2
     python -m benchmarks.rl_h200 agreement --out runs/rl
+    python -m benchmarks.rl_h200 asynchronous --out runs/rl
 
 `start` fine-tunes the small model that the others begin with. `ways` says what a fine-tuned model
 makes of held-out problems in its own way, answering at once, and thinking first: reinforcement can
@@ -12,6 +13,8 @@ each seed for the same number of rollout batches of 16 updates, adds to curves.j
 curves.html of all that is in it: held-out accuracy, its mean and spread over the seeds. `agreement`
 prints the correlation of the sampler's and the trainer's probabilities in bfloat16 with the LM head
 in bfloat16 and in float32, and at learning rate 0 the drift by position up to 8K tokens.
+`asynchronous` runs CISPO on all devices in turn, and with half of them sampling while the others
+train.
 """
 
 from __future__ import annotations
@@ -96,6 +99,7 @@ def job(stage: str, out: Path, **changes: object) -> JobConfig:
                 "eval_every": 5,
             },
             "sampling": {"rounds": 2},
+            "asynchronous": {"max_staleness": 0, "sampler_devices": 0},
             "optimizer": {
                 "learning_rate": 1e-3 if stage == "sft" else RATE,
                 "weight_decay": 0.01,
@@ -188,6 +192,27 @@ def _page(curves: dict[str, dict[str, list[list[float]]]]) -> str:
             means[f"{algorithm}, {name}"] = [(row[0], row[place]) for row in spread]
     title = f"Held-out accuracy over rollout batches of {UPDATES} updates"
     return f"<!doctype html><meta charset=utf-8><title>{title}</title>{figure(title, means)}"
+
+
+def print_modes(out: Path, steps: int) -> None:
+    """Tokens a second and accuracy of the synchronous mode and of the asynchronous one."""
+    count = jax.device_count()
+    print(f"{count} x {jax.devices()[0].device_kind}, jax {jax.__version__}, {steps} batches\n")
+    print("| mode | s a batch | tokens drawn/s | trained/s | staleness | accuracy |")
+    print("|---|---|---|---|---|---|", flush=True)
+    apart = {"asynchronous.max_staleness": 2, "asynchronous.sampler_devices": count // 2}
+    for mode, changes in (("synchronous", {}), ("asynchronous", apart)):
+        run_task(job("cispo", out, steps=steps, **changes), out / mode)
+        records = read_metrics(out / mode)
+        # The first batches compile.
+        warm = records[len(records) // 4 :]
+        phases = [k for k in warm[-1] if k.startswith("seconds/") and k != "seconds/evaluate"]
+        seconds = sum(r[phase] for r in warm for phase in phases)
+        rates = [sum(r[f"tokens_{k}"] for r in warm) / seconds for k in ("sampled", "trained")]
+        staleness = statistics.mean(r["staleness/mean"] for r in warm)
+        accuracy = [r["eval/accuracy"] for r in records if "eval/accuracy" in r][-1]
+        print(f"| {mode} | {seconds / len(warm):.2f} | {rates[0]:.0f} | {rates[1]:.0f} | ", end="")
+        print(f"{staleness:.2f} | {records[0]['eval/initial_accuracy']:.3f} → {accuracy:.3f} |")
 
 
 # Sampler against trainer.
@@ -299,7 +324,7 @@ def _print_drift(batch: Batch[np.ndarray]) -> None:
 def main() -> None:
     """Command line of this module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("start", "ways", "compare", "agreement"))
+    parser.add_argument("what", choices=("start", "ways", "compare", "agreement", "asynchronous"))
     parser.add_argument("--out", type=Path, default=Path("runs/rl"))
     parser.add_argument("--model", type=Path, help="folder, of `ways`")
     parser.add_argument("--tasks", nargs="+", default=[TASK], help="of `ways`")
@@ -317,6 +342,8 @@ def main() -> None:
         print_ways(args.model or args.out / "start" / "model", args.tasks, args.problems)
     elif args.what == "compare":
         compare(args.out, args.algorithms, args.seeds, args.steps)
+    elif args.what == "asynchronous":
+        print_modes(args.out, args.steps)
     else:
         print_agreement(args.out, args.rows, args.tokens)
 
