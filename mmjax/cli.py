@@ -176,8 +176,8 @@ def _convert(args: argparse.Namespace) -> int:
         for note in differences(ModelConfig.from_hf(args.target)):
             print(f"mmjax convert: note: {note}", file=sys.stderr)
     print(
-        f"wrote {args.target}: {done.written / 1e9:.2f} of {done.size / 1e9:.2f} GB in "
-        f"{done.write_seconds:.1f} s, all read back and checked in {done.check_seconds:.1f} s"
+        f"wrote {args.target}: {done.written / 1e9:.2f} of {done.size / 1e9:.2f} GB, all read back "
+        f"and checked, in {done.seconds:.1f} s"
     )
     return 0
 

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from mmjax.config import ModelConfig
+from mmjax.convert.errors import CheckpointError
 from mmjax.convert.view import Index
 from mmjax.model import Decoder
 
@@ -67,6 +68,26 @@ def by_name(state: nnx.State) -> dict[str, Any]:
 def with_dtype(cfg: ModelConfig, dtype: str) -> ModelConfig:
     """The configuration with parameters and activations of this dtype."""
     return dataclasses.replace(cfg, dtype=dtype, param_dtype=dtype)
+
+
+def read_numbers(
+    file: Path, start: int, shape: Sequence[int], dtype: np.dtype, name: str
+) -> np.ndarray:
+    """Numbers that lie side by side in a file from byte `start` on.
+
+    Raises:
+      CheckpointError: the file ends before `name`, the array, does.
+    """
+    out = np.empty(shape, dtype)
+    with file.open("rb", buffering=0) as opened:
+        opened.seek(start)
+        left = memoryview(out.reshape(-1).view(np.uint8))
+        while left:
+            count = opened.readinto(left)
+            if not count:
+                raise CheckpointError(file, [f"ends within {name}"])
+            left = left[count:]
+    return out
 
 
 class ModelParams(Params):

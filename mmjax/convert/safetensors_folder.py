@@ -18,7 +18,7 @@ from mmjax.config import ModelConfig
 from mmjax.convert import headers
 from mmjax.convert.errors import CheckpointError, CheckpointWarning
 from mmjax.convert.native import BUFFERS
-from mmjax.convert.params import AnyArray, Params, param_specs, with_dtype
+from mmjax.convert.params import AnyArray, Params, param_specs, read_numbers, with_dtype
 from mmjax.convert.table import Table
 from mmjax.convert.view import Index, copy_into
 
@@ -136,17 +136,8 @@ class _Tensor:
         if any(len(s) < size for s, size in zip(spans[1:], info.shape[1:], strict=True)):
             mapped = np.memmap(info.file, self._dtype, "r", info.start, info.shape)
             return np.array(mapped[index])
-        out = np.empty([len(span) for span in spans], self._dtype)
         start = info.start + spans[0].start * math.prod(info.shape[1:]) * self._dtype.itemsize
-        with info.file.open("rb", buffering=0) as file:
-            file.seek(start)
-            left = memoryview(out.reshape(-1).view(np.uint8))
-            while left:
-                count = file.readinto(left)
-                if not count:
-                    raise CheckpointError(info.file, [f"ends within {info.name}"])
-                left = left[count:]
-        return out
+        return read_numbers(info.file, start, [*map(len, spans)], self._dtype, info.name)
 
 
 def _text_name(name: str) -> str:

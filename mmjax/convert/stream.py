@@ -31,10 +31,8 @@ from mmjax.convert.errors import CheckpointError
 
 # A unit is the least that is redone after a kill; its bytes are in memory while it is on its way.
 UNIT_BYTES = 128 * 2**20
-WORKERS = 4
+WORKERS = 8
 JOURNAL = ".mmjax-convert"
-# No CRC-32: of a unit that is to be written again.
-_NEVER = 1 << 32
 
 
 class Unit(NamedTuple):
@@ -85,15 +83,14 @@ class Report(NamedTuple):
 
     size: int
     written: int
-    write_seconds: float
-    check_seconds: float
+    seconds: float
 
 
 class Journal:
     """Which units lie on the disk, and the CRC-32 of each.
 
-    One line a unit, appended when the unit has been synced; a line that a kill cut short does not
-    count.
+    One line a unit, appended when the unit has been synced and read back; a line that a kill cut
+    short does not count.
 
     Args:
       folder: An existing folder.
@@ -185,43 +182,42 @@ def resumable(output: Output, path: Path, source: str) -> Iterator[tuple[Path, J
 
 
 def write_checked(output: Output, folder: Path, journal: Journal, *, workers: int) -> Report:
-    """Writes the units that the journal lacks, then reads all of them back from the disk.
+    """Writes every unit and reads it back from the disk at once, while others are on their way.
+
+    Units in the journal are read back too, and written again where the disk holds something else.
 
     Raises:
-      CheckpointError: what was read is not what was written; these units are forgotten, so that
-        the next attempt writes them again.
+      CheckpointError: what was read is not what was written; the next attempt writes these units
+        again.
     """
-    units = dict(enumerate(output.units))
-    left = {n: u for n, u in units.items() if journal.done.get(n, _NEVER) == _NEVER}
-    written = sum(unit.size for unit in left.values())
     start_time = time.perf_counter()
+    wrong = []
+    written = 0
+
+    def bring(item: tuple[int, Unit]) -> tuple[int, bool]:
+        """CRC-32 of a unit, -1 if the disk has not what was written; whether it was written."""
+        number, unit = item
+        if number in journal.done and _read_back(folder, unit) == journal.done[number]:
+            return journal.done[number], False
+        crc = _write(folder, unit, sync=True)
+        return crc if _read_back(folder, unit) == crc else -1, True
+
     with progress() as start, _pool(workers) as pool:
-        advance = start("writing", output.size)
-        advance(output.size - written)
-        for (n, unit), crc in pool(lambda item: _write(folder, item[1], sync=True), left.items()):
-            journal.note(n, crc)
-            advance(unit.size)
-        write_time = time.perf_counter()
-        advance = start("checking", output.size)
-        wrong = []
-        for (n, unit), crc in pool(lambda item: _read_back(folder, item[1]), units.items()):
-            if crc != journal.done[n]:
-                wrong.append(n)
+        advance = start("writing and checking", output.size)
+        for (number, unit), (crc, new) in pool(bring, [*enumerate(output.units)]):
+            written += unit.size * new
+            if crc < 0:
+                wrong.append(unit)
+            elif new:
+                journal.note(number, crc)
             advance(unit.size)
     if wrong:
-        for n in wrong:
-            journal.note(n, _NEVER)
         what = "bytes {} to {} differ from what was written; run the same command again"
         raise CheckpointError(
-            folder,
-            [
-                f"{u.file}: {what.format(u.offset, u.offset + u.size)}"
-                for u in map(units.__getitem__, wrong)
-            ],
+            folder, [f"{u.file}: {what.format(u.offset, u.offset + u.size)}" for u in wrong]
         )
     _write_texts(output, folder)
-    check_seconds = time.perf_counter() - write_time
-    return Report(output.size, written, write_time - start_time, check_seconds)
+    return Report(output.size, written, time.perf_counter() - start_time)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Conversion at size: in units, resumed after a kill, checked, planned from headers alone."""
 
+import itertools
 import json
 import shutil
 import signal
@@ -18,6 +19,7 @@ from mmjax import cli
 from mmjax.config import ModelConfig
 from mmjax.convert import CheckpointError, convert, stream
 from mmjax.convert.api import open_params, preview
+from mmjax.convert.orbax_folder import _plain_array
 from mmjax.convert.params import by_name
 from mmjax.convert.safetensors_folder import _Tensor
 from mmjax.convert.synth import preset, random_numbers, synthesise
@@ -74,6 +76,44 @@ def test_what_orbax_wrote_is_read_in_slices(source, tmp_path):
     value = by_name(nnx.state(model))["blocks.runs.0.moe.w1"].get_value()
     index = (slice(0, 1), slice(0, 1), slice(1, 3), slice(4, 9), slice(None))
     np.testing.assert_array_equal(params.read("blocks.runs.0.moe.w1", index), value[index])
+
+
+@pytest.mark.parametrize(
+    "changed", [{"order": "?"}, {"dtype": ">f4"}, {"compressor": {"id": "zlib"}}]
+)
+def test_arrays_that_lie_otherwise_are_left_to_tensorstore(tmp_path, changed):
+    told = {"zarr_format": 2, "chunks": [3], "order": "C", "dtype": "<f4", "compressor": None}
+    (tmp_path / ".zarray").write_text(json.dumps(told))
+    assert _plain_array(tmp_path / ".zarray") == ((3,), "C", np.dtype("float32"))
+    (tmp_path / ".zarray").write_text(json.dumps(told | changed))
+    assert _plain_array(tmp_path / ".zarray") is None
+    assert _plain_array(tmp_path / "none") is None
+
+
+def test_chunks_are_read_as_tensorstore_reads_them(source, tmp_path, monkeypatch):
+    convert(source, tmp_path / "orbax", "orbax")
+    plain, through = open_params(tmp_path / "orbax"), open_params(tmp_path / "orbax")
+    monkeypatch.setattr(through, "_plain", dict.fromkeys(through.specs))
+    monkeypatch.setattr(plain, "_stores", None)
+    for name, spec in plain.specs.items():
+        chunk, _, dtype = plain._plain[name]
+        assert dtype == spec.dtype
+        for start in itertools.product(*map(range, [0] * len(chunk), spec.shape, chunk)):
+            index = tuple(map(slice, start, np.minimum(np.add(start, chunk), spec.shape)))
+            np.testing.assert_array_equal(plain.read(name, index), through.read(name, index))
+    assert {order for _, order, _ in plain._plain.values()} == {"C", "F"}
+    index = (slice(1, 3), slice(0, 5))
+    monkeypatch.undo()
+    ours = open_params(tmp_path / "orbax").read("embed.embedding", index)  # No whole chunk.
+    np.testing.assert_array_equal(ours, through.read("embed.embedding", index))
+
+
+def test_a_chunk_cut_short_is_told(source, tmp_path):
+    convert(source, tmp_path / "orbax", "orbax")
+    chunk = tmp_path / "orbax/params/embed.embedding/1.0"
+    chunk.write_bytes(chunk.read_bytes()[:-2])
+    with pytest.raises(CheckpointError, match=r"1\.0: 1 problem\s+ends within embed.embedding"):
+        convert(tmp_path / "orbax", tmp_path / "back", "hf")
 
 
 # Kills and damage ------------------------------------------------------------------------------
@@ -182,6 +222,19 @@ def test_damage_is_found_and_mended(source, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(stream, "_write", write)
     convert(source, tmp_path / "out", "hf", shard_bytes=20_000)
+    assert_same_tensors(read_tensors(tmp_path / "out"), read_tensors(source))
+
+
+def test_damage_between_a_kill_and_the_next_run_is_mended(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "_write_texts", None)
+    with pytest.raises(TypeError):
+        convert(source, tmp_path / "out", "hf", shard_bytes=20_000)
+    monkeypatch.undo()
+    monkeypatch.setattr(stream, "UNIT_BYTES", 3000)
+    file = tmp_path / ".out.partial" / "model-00002-of-00005.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    done = convert(source, tmp_path / "out", "hf", shard_bytes=20_000)
+    assert 0 < done.written < 7000
     assert_same_tensors(read_tensors(tmp_path / "out"), read_tensors(source))
 
 
