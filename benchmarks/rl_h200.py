@@ -10,7 +10,7 @@
 makes of held-out problems in its own way, answering at once, and thinking first: reinforcement can
 find what lies between the first and the last. `compare` runs each algorithm with
 each seed for the same number of rollout batches of 16 updates, adds to curves.json, and draws
-curves.html of all that is in it: held-out accuracy, its mean and spread over the seeds. `agreement`
+curves.svg of all that is in it: held-out accuracy, its mean and spread over the seeds. `agreement`
 prints the correlation of the sampler's and the trainer's probabilities in bfloat16 with the LM head
 in bfloat16 and in float32, and at learning rate 0 the drift by position up to 8K tokens.
 `asynchronous` runs CISPO on all devices in turn, and with half of them sampling while the others
@@ -47,7 +47,6 @@ from train.config import JobConfig, build
 from train.data.reasoning import ReasoningProblems, prompt_text, worked_solution
 from train.metrics import read_metrics
 from train.policy_losses import agreement
-from train.report import figure
 from train.tasks import run_task
 
 # The same for all, so that what differs is the loss.
@@ -116,14 +115,19 @@ def job(stage: str, out: Path, **changes: object) -> JobConfig:
     return build(config)
 
 
-def compare(out: Path, algorithms: list[str], seeds: list[int], steps: int) -> None:
+def compare(out: Path, algorithms: list[str], seeds: list[int], steps: int, rate: float) -> None:
     """Runs what is asked for and draws all that has been run."""
     file = out / "curves.json"
     curves = json.loads(file.read_text()) if file.exists() else {}
     for algorithm in algorithms:
         for seed in seeds:
             name, began = f"{algorithm}-{seed}", time.perf_counter()
-            changes = {"cispo.algorithm": algorithm, "seed": seed, "steps": steps}
+            changes = {
+                "cispo.algorithm": algorithm,
+                "seed": seed,
+                "steps": steps,
+                "optimizer.learning_rate": rate,
+            }
             run_task(job("cispo", out, **changes), out / name)
             records = read_metrics(out / name)
             points = [[0.0, r["eval/initial_accuracy"]] for r in records[:1]]
@@ -132,7 +136,7 @@ def compare(out: Path, algorithms: list[str], seeds: list[int], steps: int) -> N
             file.write_text(json.dumps(curves, indent=1))
             print(f"{name}: {points[0][1]:.3f} to {points[-1][1]:.3f}, ", end="")
             print(f"{time.perf_counter() - began:.0f} s", flush=True)
-    (out / "curves.html").write_text(_page(curves))
+    _draw(curves, out / "curves.svg")
     print("\n| algorithm | seeds | at the start | half way | at the end, mean (least, most) |")
     print("|---|---|---|---|---|")
     for algorithm, runs in curves.items():
@@ -184,14 +188,20 @@ def _spread(runs: dict[str, list[list[float]]]) -> list[tuple[float, float, floa
     return [(step, statistics.mean(v), min(v), max(v)) for step, v in values]
 
 
-def _page(curves: dict[str, dict[str, list[list[float]]]]) -> str:
-    means: dict[str, list[tuple[float, float]]] = {}
+def _draw(curves: dict[str, dict[str, list[list[float]]]], file: Path) -> None:
+    """Means over the seeds in bands from the least to the most."""
+    from matplotlib.figure import Figure
+
+    picture = Figure((6.4, 3.6), layout="constrained")
+    axes = picture.subplots()
     for algorithm, runs in curves.items():
-        spread = _spread(runs)
-        for name, place in (("mean", 1), ("least", 2), ("most", 3)):
-            means[f"{algorithm}, {name}"] = [(row[0], row[place]) for row in spread]
-    title = f"Held-out accuracy over rollout batches of {UPDATES} updates"
-    return f"<!doctype html><meta charset=utf-8><title>{title}</title>{figure(title, means)}"
+        steps, means, least, most = zip(*_spread(runs), strict=True)
+        (line,) = axes.plot(steps, means, label=f"{algorithm}, {len(runs)} seeds")
+        axes.fill_between(steps, least, most, color=line.get_color(), alpha=0.2)
+    axes.set(xlabel=f"rollout batches of {UPDATES} updates", ylabel="held-out accuracy")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    picture.savefig(file)
 
 
 def print_modes(out: Path, steps: int) -> None:
@@ -332,6 +342,7 @@ def main() -> None:
     parser.add_argument("--algorithms", nargs="+", default=["cispo", "dapo", "grpo"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=STEPS, help="rollout batches of a run")
+    parser.add_argument("--rate", type=float, default=RATE, help="learning rate of `compare`")
     parser.add_argument("--rows", type=int, default=8, help="rows of `agreement`")
     parser.add_argument("--tokens", type=int, default=8192, help="new tokens of a row of it")
     args = parser.parse_args()
@@ -341,7 +352,7 @@ def main() -> None:
     elif args.what == "ways":
         print_ways(args.model or args.out / "start" / "model", args.tasks, args.problems)
     elif args.what == "compare":
-        compare(args.out, args.algorithms, args.seeds, args.steps)
+        compare(args.out, args.algorithms, args.seeds, args.steps, args.rate)
     elif args.what == "asynchronous":
         print_modes(args.out, args.steps)
     else:
