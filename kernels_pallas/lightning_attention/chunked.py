@@ -23,6 +23,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import dispatch
 from kernels_pallas.lightning_attention.clock import (
     Clock,
     Weights,
@@ -84,9 +85,9 @@ def _backward(args: Arguments, cotangents: tuple[jax.Array, jax.Array]) -> Cotan
         leaving = w.leaving[..., None]
         scores = dot("bhik,bhjk->bhij", q, k) * w.within
         d_scores = dot("bhiv,bhjv->bhij", d_out, v) * w.within
-        d_k = dot("bhij,bhik->bhjk", d_scores, q)
+        d_k = _transposed_product(d_scores, q)
         d_k += leaving * dot("bhjv,bhkv->bhjk", v, d_state)
-        d_v = dot("bhij,bhiv->bhjv", scores, d_out)
+        d_v = _transposed_product(scores, d_out.astype(v.dtype))
         d_v += leaving * dot("bhjk,bhkv->bhjv", k, d_state)
         d_state = w.keep[..., None, None] * d_state
         d_state += dot("bhik,bhiv->bhkv", q * w.entering[..., None].astype(q.dtype), d_out)
@@ -100,6 +101,17 @@ def _backward(args: Arguments, cotangents: tuple[jax.Array, jax.Array]) -> Cotan
 
 
 lightning_attention_chunked.defvjp(keep_inputs(lightning_attention_chunked), _backward)
+
+
+def _transposed_product(a: jax.Array, x: jax.Array) -> jax.Array:
+    """aᵀ x [B, H, J, K] of a [B, H, I, J] float32 and x [B, H, I, K], in x.dtype, to float32."""
+    if dispatch.target(x).platform != "cpu":
+        return einsum32("bhij,bhik->bhjk", a, x, x.dtype)
+    # As (xᵀ a)ᵀ, with x laid out anew, which is the smaller of the two: XLA's products on CPUs
+    # that sum over the rows of both take twice as long.
+    turned = jax.lax.optimization_barrier(x.swapaxes(2, 3))
+    out = jax.lax.optimization_barrier(einsum32("bhki,bhij->bhkj", turned, a, x.dtype))
+    return out.swapaxes(2, 3)
 
 
 def _over_chunks(
