@@ -114,7 +114,7 @@ class Engine:
                 table_width=max(width, -(-prefill_chunk // page_size)),
                 prefixes=num_prefixes,
             )
-            self._table_widths = _table_widths(self._memory.table.shape[1], page_size)
+            self._table_widths = _table_widths(width, page_size)
         self._waiting: list[Sample] = []
         self._running: list[Sample] = []
         self._seeds: dict[str, int] = {}
