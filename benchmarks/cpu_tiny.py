@@ -4,7 +4,9 @@
 
 PYTHON is an interpreter with torch and transformers, which are no dependencies of this project;
 without it the peer's column stays empty. Both sides run in the same call, one after the other,
-on all cores, float32, random weights of the same shapes. Prints a Markdown table.
+on all cores, float32, random weights of the same shapes. The peer's decode step is a 32nd of what
+33 new tokens of `generate` take more than one; its CISPO step is `generate` and one AdamW step by
+hand. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import resource
 import statistics
 import subprocess
 import time
@@ -24,7 +27,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from mmjax import Decoder, HybridCache, ModelConfig
+from mmjax import Decoder, Engine, HybridCache, ModelConfig, SamplingParams
 from mmjax.sharding import make_mesh
 from train.allocator import keep_freed_memory
 from train.batches import minibatches
@@ -36,7 +39,7 @@ from train.state import init_state
 
 LENGTHS = (1024, 4096, 16384, 65536)
 _PEER = """
-import json, statistics, time, torch
+import json, resource, statistics, time, torch
 from transformers import MiniMaxConfig, MiniMaxForCausalLM
 torch.manual_seed(0)
 model = MiniMaxForCausalLM(MiniMaxConfig(
@@ -44,16 +47,48 @@ model = MiniMaxForCausalLM(MiniMaxConfig(
     num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_local_experts=4,
     num_experts_per_tok=2, max_position_embeddings=1 << 20,
     layer_types=["linear_attention"] * 7 + ["full_attention"])).eval()
-out = {}
+
+def measure(call, repeats):
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+def generate(ids, new, **how):
+    return model.generate(ids, max_new_tokens=new, min_new_tokens=new, pad_token_id=0, **how)
+
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+def cispo():
+    "One step as a user of transformers alone would write it."
+    prompts = torch.arange(1, 9)[:, None].expand(8, 16).repeat_interleave(8, 0)
+    with torch.no_grad():
+        ids = generate(prompts, 32, do_sample=True, top_k=0)
+    advantages = torch.tensor([-1.0, 1.0]).repeat(32)[:, None]
+    logits = model(ids).logits[:, 15:-1]
+    logprobs = logits.log_softmax(-1).gather(-1, ids[:, 16:, None])[..., 0]
+    weight = (logprobs.detach() - logprobs.detach()).exp().clamp(max=5.0)
+    loss = -(weight * advantages * logprobs).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+out, start = {}, peak()
 with torch.no_grad():
     for length in LENGTHS:
         ids = torch.randint(0, 256, (1, length))
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            model(ids)
-            times.append(time.perf_counter() - start)
-        out[str(length)] = statistics.median(times[1:])
+        out[f"prefill {length}"] = measure(lambda: model(ids), 3)
+    out["memory"] = peak() - start
+    for batch in (1, 16):
+        ids = torch.randint(1, 256, (batch, 16))
+        first, all = (measure(lambda: generate(ids, n, do_sample=False), 3) for n in (1, 33))
+        out[f"decode {batch}"] = (all - first) / 32
+out["cispo"] = measure(cispo, 5)
 print(json.dumps(out))
 """
 
@@ -68,6 +103,11 @@ def measure(call: Callable[[], Any], repeats: int) -> tuple[float, float]:
     return times[0], statistics.median(times[1:])
 
 
+def peak() -> float:
+    """Most memory that this process has held so far, GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
 def prefill(model: Decoder, length: int) -> tuple[float, float]:
     """First-call and median seconds of one row."""
     tokens = jax.random.randint(jax.random.key(1), (1, length), 0, model.cfg.vocab_size)
@@ -76,7 +116,7 @@ def prefill(model: Decoder, length: int) -> tuple[float, float]:
 
 
 def decode(model: Decoder, batch: int, steps: int = 32) -> float:
-    """Seconds a decode step."""
+    """Seconds a decode step, every layer with weights of its own as in the engine."""
 
     def run(m: Decoder, cache: HybridCache, token: jax.Array) -> Any:
         def step(_: int, carry: Any) -> Any:
@@ -85,10 +125,17 @@ def decode(model: Decoder, batch: int, steps: int = 32) -> float:
 
         return jax.lax.fori_loop(0, steps, step, (cache, token))
 
-    compiled = jax.jit(run)
+    compiled, model = jax.jit(run), model.unstacked()
     cache = HybridCache.create(model.cfg, batch, 128)
     token = jnp.zeros((batch, 1), jnp.int32)
-    return measure(lambda: compiled(model, cache, token), repeats=5)[1] / steps
+    return measure(lambda: compiled(model, cache, token), repeats=20)[1] / steps
+
+
+def engine(model: Decoder, batch: int, steps: int = 128) -> float:
+    """Seconds a step of the engine, greedy, host included; prompts are one token."""
+    server = Engine(model, max_slots=batch, max_length=steps + 1, prefill_chunk=64, num_prefixes=0)
+    how = SamplingParams(steps, temperature=0.0, ignore_eos=True)
+    return measure(lambda: server.generate([[1]] * batch, how), repeats=5)[1] / steps
 
 
 def cispo(model: Decoder) -> float:
@@ -140,13 +187,25 @@ def main() -> None:
     model = nnx.merge(graphdef, params)
     print(f"{platform.machine()}, {jax.device_count()} device, jax {jax.__version__}\n")
     print("| what | mmjax | first call | transformers |\n|---|---|---|---|")
+
+    def row(what: str, mine: str, first: str = "", key: str = "") -> None:
+        other = f"{peer[key] * 1e3:.2f} ms" if key in peer else ""
+        print(f"| {what} | {mine} | {first} | {other} |", flush=True)
+
+    start = peak()
     for length in LENGTHS:
         first, median = prefill(model, length)
-        other = f"{peer[str(length)]:.3f} s" if peer else ""
-        print(f"| prefill {length} | {median:.3f} s | {first:.1f} s | {other} |", flush=True)
+        row(f"prefill {length}", f"{median * 1e3:.1f} ms", f"{first:.1f} s", f"prefill {length}")
+    other = f"{peer['memory']:.2f} GB" if peer else ""
+    print(f"| memory of these over the start | {peak() - start:.2f} GB | | {other} |", flush=True)
     for batch in (1, 16):
-        print(f"| decode step, batch {batch} | {decode(model, batch) * 1e3:.2f} ms | | |")
-    print(f"| CISPO step 8 x 8 x 32 | {cispo(model):.3f} s | | |")
+        row(
+            f"decode step, batch {batch}",
+            f"{decode(model, batch) * 1e3:.2f} ms",
+            key=f"decode {batch}",
+        )
+        row(f"step of the engine, batch {batch}", f"{engine(model, batch) * 1e3:.2f} ms")
+    row("CISPO step 8 x 8 x 32", f"{cispo(model) * 1e3:.0f} ms", key="cispo")
 
 
 if __name__ == "__main__":
