@@ -152,8 +152,8 @@ def test_what_has_no_default_must_be_set(missing):
     ],
 )
 def test_unknown_choice_lists_the_known_ones(key, known):
-    text = message(job(**{key: "dpo"}))
-    assert "'dpo'" in text
+    text = message(job(**{key: "ppo"}))
+    assert "'ppo'" in text
     assert f"known: {known}" in text
 
 

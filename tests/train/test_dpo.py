@@ -1,6 +1,7 @@
 """Direct preference optimisation: its data, its loss in closed form, a job from end to end."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -8,8 +9,11 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from ml_collections import ConfigDict
+from rich.console import Console
 
 import mmjax
 from mmjax.config import ConfigError
@@ -17,8 +21,9 @@ from tests.mmjax.programs import forward
 from tests.train.programs import adamw, assert_same, copied, lenient, tiny_model
 from train import dpo
 from train.config import DpoConfig, JobConfig, SourceConfig, build
-from train.data.documents import Record
+from train.data.documents import Record, Source
 from train.data.pipeline import encoder, make_stream
+from train.data.preview import preview
 from train.data.streams import counts
 from train.data.tokenizer import train_tokenizer
 from train.losses import dpo_loss
@@ -210,6 +215,28 @@ def test_rows_hold_pairs_side_by_side(tmp_path, tokenizer):
     assert told["pairs/too_long"] >= 1
     assert not told["pairs/cut"]
     stream.close()
+
+
+def test_preview_shows_both_answers(tmp_path, model_folder):
+    out = io.StringIO()
+    cfg = job(tmp_path, pairs(40), model_folder)
+    preview(cfg, tmp_path, Console(file=out, width=100), rows=1, batches=1)
+    assert "segment 1: " in out.getvalue()
+    assert "segment 1, rejected: " in out.getvalue()
+    assert "blue" in out.getvalue()
+    assert "red" in out.getvalue()
+
+
+def test_pairs_in_parquet(tmp_path, tokenizer):
+    rows = pairs(3)
+    table = pyarrow.table({name: [row[name] for row in rows] for name in ("prompt", "chosen")})
+    pyarrow.parquet.write_table(table, tmp_path / "half.parquet")
+    with pytest.raises(ConfigError, match="has no column 'rejected'"):
+        Source(SourceConfig("pairs", (str(tmp_path / "half.parquet"),), kind="preference"))
+    table = table.append_column("rejected", [[row["rejected"] for row in rows]])
+    pyarrow.parquet.write_table(table, tmp_path / "pairs.parquet")
+    cfg = SourceConfig("pairs", (str(tmp_path / "pairs.parquet"),), kind="preference")
+    assert [Source(cfg)[i].row for i in range(3)] == rows
 
 
 # The step ---------------------------------------------------------------------------------------
