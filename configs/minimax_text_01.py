@@ -5,6 +5,8 @@
     python -m train --config=configs/minimax_text_01.py:long --workdir=runs/text01_long
     python -m train --config=configs/minimax_text_01.py:sft_short --workdir=runs/text01_sft_short
     python -m train --config=configs/minimax_text_01.py:sft_long --workdir=runs/text01_sft_long
+    python -m train --config=configs/minimax_text_01.py:dpo_short --workdir=runs/text01_dpo_short
+    python -m train --config=configs/minimax_text_01.py:dpo_long --workdir=runs/text01_dpo_long
     python -m train --config=configs/minimax_text_01.py:rl --workdir=runs/text01_rl
 
 456B parameters, of which 45.9B meet a token. What the paper publishes stands as it is; what is ours
@@ -16,8 +18,8 @@ says so. `data` and `init_from` name files that are yours to fill in.
 - "long": 128K (300B tokens, base 5M), 512K (32B, base 10M) and 1M (26B, base 10M), with documents
   of up to 32K, up to 128K and beyond at 30/70/0, 35/35/30 and 30/30/40 percent, the weights going
   linearly from stage to stage, and 10 percent of long questions and answers in the last fifth.
-- "sft_short", "sft_long", "rl": stages I, II and V of `POST_TRAINING`. Stages III and IV are direct
-  preference optimisation, which is no task here yet: the table has their values.
+- "sft_short", "sft_long", "dpo_short", "dpo_long", "rl": the five stages of `POST_TRAINING`. Of the
+  first four a batch is counted in rows of packed chats or pairs, which is our reading.
 
 Hardware and time: 512 chips of TPU v5p (v5p:8x8x8), counted, not run: docs/plan.md has the memory,
 the roofline and the price. Expected: a loss that falls; nobody has run these configurations yet.
@@ -45,6 +47,8 @@ def get_config(stage: str = "pretrain") -> ConfigDict:
         "long": _long,
         "sft_short": lambda: _sft("I", "runs/text01_long/model"),
         "sft_long": lambda: _sft("II", "runs/text01_sft_short/model"),
+        "dpo_short": lambda: _dpo("III", "runs/text01_sft_long/model"),
+        "dpo_long": lambda: _dpo("IV", "runs/text01_dpo_short/model"),
         "rl": _rl,
     }
     if stage not in made:
@@ -139,12 +143,34 @@ def _sft(stage: str, init_from: str) -> dict:
     }
 
 
+def _dpo(stage: str, init_from: str) -> dict:
+    _, length, _, batch, first, last, decay = POST_TRAINING[stage]
+    context = 16 if length > 8192 else 1
+    return {
+        "task": "dpo",
+        "steps": 1000,  # ours: one epoch of data whose size is not published
+        "init_from": init_from,
+        "remat": "super_block",
+        "mesh": {"data": 32 // context, "context": context, "expert": 16},  # ours
+        "model": {"preset": "minimax_text_01"},
+        "data": {
+            "source": "text",
+            "mixture": ({"name": "pairs", "paths": ("data/dpo/*.jsonl",), "kind": "preference"},),
+            "sequence_length": length,
+            "batch_size": batch,
+        },
+        "dpo": {"beta": 0.1},  # ours: the paper has none
+        "optimizer": _optimizer(first) | {"decay": decay, "final_ratio": last / first},
+        "checkpoint": {"every": 200, "keep": 3, "export": "hf"},
+    }
+
+
 def _rl() -> dict:
     _, _, _, batch, first, last, decay = POST_TRAINING["V"]
     return {
         "task": "cispo",
         "steps": 1000,  # ours
-        "init_from": "runs/text01_sft_long/model",
+        "init_from": "runs/text01_dpo_long/model",
         "remat": "super_block",
         "model": {"preset": "minimax_text_01"},
         "data": {"source": "reasoning", "tasks": ("math(path='data/math/*.jsonl')",)},

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from train.config import JobConfig
 
 SECTIONS = (
-    *("model", "mesh", "sharding", "data", "optimizer", "checkpoint", "evaluation"),
-    *("cispo", "sampling", "curriculum", "asynchronous", "alerts", "rewards"),
+    *("model", "mesh", "sharding", "data", "optimizer", "dpo", "checkpoint"),
+    *("evaluation", "cispo", "sampling", "curriculum", "asynchronous", "alerts", "rewards"),
 )
 # Any key of the job may be set on the command line, whether or not the file names it; `build`
 # knows them all and checks them.

@@ -89,9 +89,10 @@ class SourceConfig:
       format: "jsonl", "text", "parquet", "arrayrecord", "datasets" (a folder of `save_to_disk`),
         "stdlib" (the source of Python's standard library), or "" to go by each path's suffix.
       weight: Share of the tokens, over the sum of all sources' weights; 0 rests.
-      kind: "text", all of which is predicted, or "chat", of which the assistant's turns are.
+      kind: "text", all of which is predicted, "chat", of which the assistant's turns are, or
+        "preference", two answers of which one is preferred, for dpo.
       field: Of a row; empty for "text", or "messages" of a chat.
-      thinking: Of chats: "keep" or "drop" the assistant's.
+      thinking: Of chats and answers: "keep" or "drop" the assistant's.
       encoding: Of text and JSONL files that do not start with a byte order mark.
     """
 
@@ -104,10 +105,15 @@ class SourceConfig:
     thinking: str = "keep"
     encoding: str = "utf-8"
 
+    @property
+    def column(self) -> str:
+        """The field that is read."""
+        return self.field or {"chat": "messages", "preference": "chosen"}.get(self.kind, "text")
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What a pretrain or sft job reads.
+    """What a pretrain, sft or dpo job reads.
 
     Attributes:
       source: "text" (the documents and chats of `mixture`), "reasoning" (worked solutions of
@@ -131,6 +137,7 @@ class DataConfig:
       tokenizer: Folder with a tokenizer.json; empty for one trained on the data.
       question: For "pictures": what is asked of each.
       tiles_per_row: For "pictures": M, most tiles that the examples of a row have together.
+      pairs_per_row: For dpo: P, most pairs of answers in a row; 1 for no packing.
     """
 
     source: str = "text"
@@ -147,11 +154,27 @@ class DataConfig:
     tokenizer: str = ""
     question: str = "What is this?"
     tiles_per_row: int = 16
+    pairs_per_row: int = 16
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
         """The mixture, or the one source that `paths` is short for."""
         return self.mixture or (SourceConfig("text", self.paths),)
+
+
+@dataclasses.dataclass(frozen=True)
+class DpoConfig:
+    """Direct preference optimisation, see `train.losses.dpo_loss`.
+
+    Attributes:
+      beta: How strongly the policy is held to where it started.
+      label_smoothing: Share of the preferences that are thought to be the wrong way round.
+      length_normalised: Log-probabilities of an answer are divided by its tokens.
+    """
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    length_normalised: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +266,7 @@ class JobConfig:
     """One training job.
 
     Attributes:
-      task: "pretrain", "sft" or "cispo".
+      task: "pretrain", "sft", "dpo" or "cispo".
       steps: Updates; for cispo, rollout batches. With stages they say it.
       stages: Of the job one after the other; empty for one with the job's own settings.
       seed: Of everything random: initial weights, data order, sampling.
@@ -272,6 +295,7 @@ class JobConfig:
     stages: tuple[stages.StageConfig, ...] = ()
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    dpo: DpoConfig = dataclasses.field(default_factory=DpoConfig)
     cispo: CispoConfig = dataclasses.field(default_factory=CispoConfig)
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     curriculum: CurriculumConfig = dataclasses.field(default_factory=CurriculumConfig)
@@ -285,6 +309,7 @@ class JobConfig:
 SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "optimizer": OptimizerConfig,
+    "dpo": DpoConfig,
     "cispo": CispoConfig,
     "sampling": SamplingConfig,
     "curriculum": CurriculumConfig,
@@ -458,7 +483,7 @@ def _coerce_weights(value: Any) -> tuple[Any, bool]:
 def _check(job: JobConfig) -> None:
     problems = []
     choices = {
-        "task": (job.task, ("pretrain", "sft", "cispo")),
+        "task": (job.task, ("pretrain", "sft", "dpo", "cispo")),
         "remat": (job.remat, REMAT),
         "activations": (job.activations, ("", "float32", "bfloat16")),
         "data.source": (job.data.source, ("text", "reasoning", "pictures", "recall")),
@@ -482,6 +507,8 @@ def _check(job: JobConfig) -> None:
         "data.streams": job.data.streams,
         "data.prefetch": job.data.prefetch,
         "data.tiles_per_row": job.data.tiles_per_row,
+        "data.pairs_per_row": job.data.pairs_per_row,
+        "dpo.beta": job.dpo.beta,
         "checkpoint.every": job.checkpoint.every,
         "checkpoint.keep": job.checkpoint.keep,
         "log_every": job.log_every,
@@ -526,7 +553,9 @@ def _check(job: JobConfig) -> None:
             f"{job.task!r} and {len(job.data.paths)} paths"
         )
     if job.data.source == "text" and job.task != "cispo":
-        problems += _mixture_problems(job.data)
+        problems += _mixture_problems(job.data, job.task)
+    if job.task == "dpo":
+        problems += _dpo_problems(job)
     if (job.data.source in ("reasoning", "recall") or job.task == "cispo") and not job.data.tasks:
         problems.append("data.tasks is empty; name at least one task")
     problems += check_evaluation(job.evaluation)
@@ -534,7 +563,18 @@ def _check(job: JobConfig) -> None:
         raise ConfigError("job config: " + "; ".join(problems))
 
 
-def _mixture_problems(data: DataConfig) -> list[str]:
+def _dpo_problems(job: JobConfig) -> list[str]:
+    problems = []
+    if job.data.source != "text":
+        problems.append(f"dpo reads data.source 'text', got {job.data.source!r}")
+    if not 0 <= job.dpo.label_smoothing < 0.5:
+        problems.append(f"dpo.label_smoothing must be in [0, 0.5), got {job.dpo.label_smoothing}")
+    if job.optimizer.z_loss:
+        problems.append(f"optimizer.z_loss {job.optimizer.z_loss} is for pretrain and sft")
+    return problems
+
+
+def _mixture_problems(data: DataConfig, task: str) -> list[str]:
     if bool(data.mixture) == bool(data.paths):
         what = "both are set" if data.paths else "data.paths is empty and so is data.mixture"
         return [f"data.source 'text' needs data.mixture or, for short, data.paths: {what}"]
@@ -542,7 +582,7 @@ def _mixture_problems(data: DataConfig) -> list[str]:
     for source in data.sources:
         choices = {
             "format": (source.format, FORMATS),
-            "kind": (source.kind, ("text", "chat")),
+            "kind": (source.kind, ("preference",) if task == "dpo" else ("text", "chat")),
             "thinking": (source.thinking, ("keep", "drop")),
         }
         here = f"data.mixture: {source.name!r}:"
@@ -553,6 +593,8 @@ def _mixture_problems(data: DataConfig) -> list[str]:
         ]
         if bool(source.paths) == (source.format == "stdlib"):
             problems.append(f"{here} paths = {source.paths!r} with format {source.format!r}")
+        if source.kind == "preference" and source.field:
+            problems.append(f"{here} field {source.field!r}; pairs are in 'chosen' and 'rejected'")
         if not source.weight >= 0:
             problems.append(f"{here} weight must not be negative, got {source.weight}")
     names = [source.name for source in data.sources]

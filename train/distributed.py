@@ -91,6 +91,13 @@ def should_stop(step: int) -> bool:
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
 
+def from_primary(value: np.ndarray) -> np.ndarray:
+    """The first process's array, in all of them."""
+    if jax.process_count() == 1:
+        return value
+    return np.asarray(multihost_utils.broadcast_one_to_all(value))
+
+
 def union(part: dict[str, Any]) -> dict[str, Any]:
     """What all processes hold together: JSON values under names that mean the same everywhere."""
     if jax.process_count() == 1:

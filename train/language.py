@@ -1,4 +1,4 @@
-"""The loop that pretrain and sft share: stage after stage, batch after batch."""
+"""The loop that pretrain, sft and dpo share: stage after stage, batch after batch."""
 
 from __future__ import annotations
 
@@ -19,31 +19,42 @@ from train.step import language_step
 from train.throughput import Throughput
 
 type MakeStream = Callable[..., Streams]
+type Update = Callable[[Job, TrainState, Any], tuple[TrainState, Scalars]]
 
 
-def fit(job: Job, make: MakeStream) -> Job:
-    """Predicts next tokens of packed batches until the job's last step.
+def predict_tokens(job: Job, state: TrainState, batch: Any) -> tuple[TrainState, Scalars]:
+    """An update on the next tokens of a batch."""
+    optimizer = job.cfg.optimizer
+    return language_step(
+        job.graphdef,
+        job.optimizer,
+        state,
+        job.put(batch),
+        job.frozen,
+        optimizer.microbatches,
+        optimizer.z_loss,
+    )
+
+
+def fit(
+    job: Job, make: MakeStream, update: Update = predict_tokens, *, passes_per_row: int = 1
+) -> Job:
+    """Trains on packed batches until the job's last step.
 
     Args:
       job: The job.
       make: Batches of a stage, see `train.data.pipeline.make_stream` without its tokenizer.
+      update: What each batch does.
+      passes_per_row: Rows that go through the model for a row of a batch.
     """
     data = StagedData(job, make)
     speed = Throughput(jax.device_count(), jax.devices()[0].device_kind)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Scalars]:
-        shape = job.cfg.data.batch_size, job.cfg.data.sequence_length
+        shape = job.cfg.data.batch_size * passes_per_row, job.cfg.data.sequence_length
         measured = speed.lap(job.model_cfg, *shape)
         data.announce()
-        state, values = language_step(
-            job.graphdef,
-            job.optimizer,
-            state,
-            job.put(batch),
-            job.frozen,
-            job.cfg.optimizer.microbatches,
-            job.cfg.optimizer.z_loss,
-        )
+        state, values = update(job, state, batch)
         return state, {**values, **data.metrics(), **measured}
 
     with closing(data):

@@ -79,6 +79,29 @@ def head_loss(
     return loss, jax.lax.stop_gradient(ce)
 
 
+def dpo_loss(
+    chosen: Float32[Array, "*pairs"],
+    rejected: Float32[Array, "*pairs"],
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> Float32[Array, "*pairs"]:
+    """-(1 - ε) log σ(m) - ε log σ(-m) with m = β (chosen - rejected), of each pair.
+
+    Args:
+      chosen: log π(y) - log π_ref(y) of the preferred answers y given their questions; over the
+        number of their tokens, |y|, where lengths are not to count.
+      rejected: The same of the other answers.
+      beta: β.
+      label_smoothing: ε, the share of preferences that are the wrong way round.
+
+    Source: DPO (arXiv 2305.18290), eq. 7; with ε "A note on DPO with noisy preferences" (E.
+    Mitchell, 2023), eq. 3; over |y| Tülu 3 (arXiv 2411.15124), section 5.
+    """
+    margin = beta * (chosen - rejected)
+    right, wrong = jax.nn.log_sigmoid(margin), jax.nn.log_sigmoid(-margin)
+    return -(1 - label_smoothing) * right - label_smoothing * wrong
+
+
 type _Sums = tuple[jax.Array, jax.Array]
 
 

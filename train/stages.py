@@ -119,7 +119,7 @@ def total_steps(stages: Sequence[StageConfig], data: DataConfig) -> int:
 
 def problems(cfg: JobConfig) -> Iterator[str]:
     """What is wrong with the stages of a job."""
-    if cfg.stages and cfg.task == "cispo":
+    if cfg.stages and cfg.task in ("cispo", "dpo"):
         yield "stages are for pretrain and sft"
     if cfg.stages and cfg.optimizer.decay != "constant":
         yield f"optimizer.decay {cfg.optimizer.decay!r} beside stages; set it in them"

@@ -1,4 +1,6 @@
-"""The pure training step of pretrain and sft: `step(state, batch) -> (state, metrics)`."""
+"""The pure training step of pretrain and sft, `step(state, batch) -> (state, metrics)`, and what it
+shares with dpo's.
+"""
 
 from __future__ import annotations
 
@@ -68,13 +70,9 @@ def language_step(
         return loss, (ce, aux)
 
     weights = _loss_weights(batch)
-    gradient = jax.value_and_grad(loss_fn, has_aux=True)
-    if microbatches == 1:
-        (loss, (ce, aux)), grads = gradient(state.params, batch, weights, jnp.ones(()))
-    else:
-        (loss, (ce, aux)), grads = _accumulated(
-            gradient, state.params, batch, weights, microbatches
-        )
+    (loss, (ce, aux)), grads = values_and_gradients(
+        loss_fn, state.params, batch, weights, microbatches
+    )
     state, norm = apply_gradients(optimizer, state, grads)
     metrics = {"loss": ce, "total_loss": loss, "grad_norm": norm, **router_metrics(aux)}
     return state._replace(step=state.step + 1), metrics
@@ -82,24 +80,41 @@ def language_step(
 
 def _loss_weights(batch: Batch) -> jax.Array:
     """What the token after each position counts in the loss [B, T]; together they are 1."""
-    segments = batch["segment_ids"]
-    # The last token of a row predicts nothing, nor does one before another document.
-    same = (segments == jnp.roll(segments, -1, axis=1)) & (segments != 0)
-    mask = jnp.roll(batch["loss_mask"], -1, axis=1) * same.astype(jnp.float32)
-    mask = mask.at[:, -1].set(0)
+    mask = predicting(batch["segment_ids"], batch["loss_mask"])
     return mask / jnp.maximum(jnp.sum(mask), 1)
 
 
-def _accumulated(
-    gradient: Callable[..., Any], params: nnx.State, batch: Batch, weights: jax.Array, parts: int
+def predicting(segments: jax.Array, loss_mask: jax.Array) -> jax.Array:
+    """1 where the token after a position is to be predicted from it [B, T], from its mask."""
+    # The last token of a row predicts nothing, nor does one before another document.
+    same = (segments == jnp.roll(segments, -1, axis=1)) & (segments != 0)
+    mask = jnp.roll(loss_mask, -1, axis=1) * same.astype(jnp.float32)
+    return mask.at[:, -1].set(0)
+
+
+def values_and_gradients(
+    loss_fn: Callable[..., Any], params: nnx.State, batch: Batch, weights: jax.Array, parts: int
 ) -> Any:
-    """Values and float32 gradients of a batch whose parts are taken one after the other."""
+    """What `jax.value_and_grad` gives of a batch whose parts are taken one after the other.
+
+    Args:
+      loss_fn: `(params, part, weights, share) -> (loss, aux)`, sums over the part's rows; share is
+        the part's of the batch's tokens.
+      params: To differentiate with respect to.
+      batch: Arrays [B, *].
+      weights: [B, *], of the whole batch.
+      parts: How many; of several the gradients are float32.
+    """
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    if parts == 1:
+        return gradient(params, batch, weights, jnp.ones(()))
 
     def split(x: jax.Array) -> jax.Array:
         """[B, *] to [parts, B / parts, *], each part with rows of every device."""
         return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 
-    real = jnp.sum(batch["segment_ids"] != 0, axis=1).astype(jnp.float32)
+    tokens = [jnp.sum(x != 0, axis=1) for n, x in batch.items() if n.endswith("segment_ids")]
+    real = sum(tokens[1:], tokens[0]).astype(jnp.float32)
     share = split(real / jnp.maximum(jnp.sum(real), 1)).sum(1)
     xs = (jax.tree.map(split, batch), split(weights), share)
 

@@ -1,4 +1,4 @@
-"""The three tasks by name."""
+"""The tasks by name."""
 
 from __future__ import annotations
 

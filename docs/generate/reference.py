@@ -39,6 +39,8 @@ ENTRY_POINTS = {
     "train.step": ("language_step",),
     "train.pretrain": ("run",),
     "train.sft": ("run",),
+    "train.dpo": ("run", "dpo_step", "reference_logprobs"),
+    "train.losses": ("dpo_loss",),
     "train.cispo": ("run", "cispo_step"),
     "train.policy_losses": ("cispo", "grpo", "dapo", "gspo", "normalise"),
     "train.advantages": ("group_advantages",),

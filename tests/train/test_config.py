@@ -22,6 +22,7 @@ from train.batches import Batch
 from train.cispo import cispo_step
 from train.config import SourceConfig, build
 from train.data.reasoning import split_problems
+from train.dpo import dpo_step
 from train.gin_overlay import apply_gin
 from train.optimizer import make_optimizer
 from train.scaling.grid import runs_of
@@ -142,7 +143,7 @@ def test_what_has_no_default_must_be_set(missing):
 @pytest.mark.parametrize(
     ("key", "known"),
     [
-        ("task", "'pretrain', 'sft', 'cispo'"),
+        ("task", "'pretrain', 'sft', 'dpo', 'cispo'"),
         ("data__source", "'text', 'reasoning'"),
         ("optimizer__decay", "'constant', 'cosine', 'linear', 'exponential'"),
         ("checkpoint__export", "'', 'hf', 'hf-native'"),
@@ -151,8 +152,8 @@ def test_what_has_no_default_must_be_set(missing):
     ],
 )
 def test_unknown_choice_lists_the_known_ones(key, known):
-    text = message(job(**{key: "dpo"}))
-    assert "'dpo'" in text
+    text = message(job(**{key: "ppo"}))
+    assert "'ppo'" in text
     assert f"known: {known}" in text
 
 
@@ -299,6 +300,10 @@ def test_config_is_built_and_its_step_traced(module, stage):
         new, metrics = jax.eval_shape(
             lambda s, b: cispo_step(graphdef, optimizer, cfg.cispo, s, b), state, rl_batch(cfg)
         )
+    elif cfg.task == "dpo":
+        new, metrics = jax.eval_shape(
+            lambda s, b: dpo_step(graphdef, optimizer, cfg.dpo, s, b), state, pair_batch(cfg)
+        )
     else:
         new, metrics = jax.eval_shape(
             lambda s, b: language_step(graphdef, optimizer, s, b), state, text_batch(cfg)
@@ -323,6 +328,13 @@ def abstract_state(cfg, optimizer):
 
     graphs = []
     return jax.eval_shape(make), graphs[0]
+
+
+def pair_batch(cfg):
+    batch = text_batch(cfg)
+    shape = (cfg.data.batch_size, cfg.data.pairs_per_row, 2)
+    reference = {"reference": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    return batch | {f"rejected_{name}": x for name, x in batch.items()} | reference
 
 
 def text_batch(cfg):

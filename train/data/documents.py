@@ -144,7 +144,7 @@ class ParquetFile(File):
 
     def __init__(self, path: Path, cfg: SourceConfig, field: str) -> None:
         super().__init__(path, cfg, field)
-        self._columns = _columns(path, _parquet(path).schema_arrow.names, field)
+        self._columns = _columns(path, _parquet(path).schema_arrow.names, cfg)
         meta = _parquet(path).metadata
         self._rows = [meta.row_group(g).num_rows for g in range(meta.num_row_groups)]
         self._ends = np.cumsum(self._rows)
@@ -184,7 +184,7 @@ class DatasetsFolder(File):
         self._batches = [batch for name in names for batch in _arrow_batches(path / name)]
         self._ends = np.cumsum([len(batch) for batch in self._batches])
         if self._batches:
-            self._columns = _columns(path, self._batches[0].schema.names, field)
+            self._columns = _columns(path, self._batches[0].schema.names, cfg)
         # What `select` and `shuffle` leave: numbers of rows.
         chosen = state.get("_indices_data_files") or []
         rows = [
@@ -227,7 +227,7 @@ class Source:
 
     def __init__(self, cfg: SourceConfig) -> None:
         self.cfg = cfg
-        self.field = cfg.field or ("messages" if cfg.kind == "chat" else "text")
+        self.field = cfg.column
         paths = _stdlib() if cfg.format == "stdlib" else _expand(cfg)
         with ThreadPoolExecutor(min(8, len(paths))) as pool:
             files = list(pool.map(self._open, paths))
@@ -309,10 +309,13 @@ def _row(table: Any, row: int) -> dict[str, Any]:
     return {name: table.column(name)[row].as_py() for name in table.schema.names}
 
 
-def _columns(path: Path, names: Sequence[str], field: str) -> list[str]:
-    if field not in names:
-        raise ConfigError(f"{path} has no column {field!r}; it has {', '.join(names)}")
-    return [field, "tools"] if field != "tools" and "tools" in names else [field]
+def _columns(path: Path, names: Sequence[str], cfg: SourceConfig) -> list[str]:
+    needed = ("chosen", "rejected") if cfg.kind == "preference" else (cfg.column,)
+    for name in needed:
+        if name not in names:
+            raise ConfigError(f"{path} has no column {name!r}; it has {', '.join(names)}")
+    beside = ("tools", "prompt") if cfg.kind == "preference" else ("tools",)
+    return [*needed, *(name for name in beside if name in names and name not in needed)]
 
 
 def _parquet(path: Path) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmjax.chat import THINK_END, THINK_START, chat_turns
+from mmjax.chat import THINK_END, THINK_START, Turn, chat_turns
 from mmjax.tokenizer import Tokenizer
 from train.data.documents import Record
 
@@ -19,7 +20,7 @@ class Example(NamedTuple):
 
     With pictures: `tiles` are numbers of their tiles, and `features` gives for each token the row
     of `Vision.features` of these tiles, -1 for a token of text. `undecodable`: of its bytes, some
-    came as U+FFFD.
+    came as U+FFFD. `rejected`: of a pair, the answer that this one is preferred to.
     """
 
     # Arrays: a list takes ten times the memory, and Grain, which measures what passes through it,
@@ -29,6 +30,12 @@ class Example(NamedTuple):
     tiles: np.ndarray = _NONE
     features: np.ndarray = _NONE
     undecodable: bool = False
+    rejected: Example | None = None
+
+    @property
+    def size(self) -> int:
+        """Places that it takes in a row; two answers lie side by side in two rows."""
+        return max(len(self.ids), len(self.rejected.ids) if self.rejected else 0)
 
     @classmethod
     def answering(cls, prompt: Sequence[int], answer: Sequence[int]) -> Example:
@@ -101,21 +108,26 @@ class ChatEncoder:
         if wrong is not None:
             return wrong
         try:
-            ids, mask = self._encoded(record.row)
+            messages = record.row.get(self._field)
+            turns = self.turns(messages, self._field, record.row.get("tools") or ())
+            example = self.example(turns)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             return Skipped("malformed", f"{record.place}: {error}")
-        if not any(mask):
-            return Skipped("empty", f"{record.place} has no turn of the assistant's")
-        if len(ids) > self._length:
-            told = f"{record.place} takes {len(ids)} tokens, data.sequence_length {self._length}"
-            return Skipped("too_long", told)
-        arrays = np.asarray(ids, np.int32), np.asarray(mask, np.int8)
-        return Example(*arrays, undecodable=record.undecodable)
+        wrong = self.refused(example, record.place)
+        return wrong or example._replace(undecodable=record.undecodable)
 
-    def _encoded(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-        messages = row.get(self._field)
+    def turns(self, messages: Any, name: str, tools: Sequence[Mapping[str, Any]]) -> list[Turn]:
+        """Turns of a chat.
+
+        Raises:
+          ValueError: `messages`, the row's `name`, is no chat.
+        """
         if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
-            raise ValueError(f"{self._field!r} is {messages!r:.80}, expected a list of messages")
+            raise ValueError(f"{name!r} is {messages!r:.80}, expected a list of messages")
+        return list(chat_turns([self._shown(message) for message in messages], tools=tools))
+
+    def example(self, turns: Sequence[Turn], context: int = 0) -> Example:
+        """Tokens of turns, of which the first `context` are only read."""
         ids: list[int] = []
         mask: list[int] = []
         before = self._tokenizer.document_start
@@ -125,15 +137,23 @@ class ChatEncoder:
             ids.extend(new)
             mask.extend([predicted] * len(new))
 
-        shown = [self._shown(message) for message in messages]
-        for turn in chat_turns(shown, tools=row.get("tools") or ()):
+        for number, turn in enumerate(turns):
             if not turn.stop:
                 before += turn.text
                 continue
             add(before + turn.text[: turn.start], 0)
-            add(turn.text[turn.start : turn.stop], 1)
+            add(turn.text[turn.start : turn.stop], int(number >= context))
             before = turn.text[turn.stop :]
-        return ids, mask
+        return Example(np.asarray(ids, np.int32), np.asarray(mask, np.int8))
+
+    def refused(self, example: Example, place: str) -> Skipped | None:
+        """Why there is nothing to learn from an example."""
+        if not any(example.loss_mask):
+            return Skipped("empty", f"{place} has no turn of the assistant's")
+        if len(example.ids) > self._length:
+            told = f"{place} takes {len(example.ids)} tokens, data.sequence_length {self._length}"
+            return Skipped("too_long", told)
+        return None
 
     def _shown(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         """An assistant's message with its thinking in the text, or without any."""
@@ -148,6 +168,64 @@ class ChatEncoder:
             text = f"{THINK_START}{thought.strip()}\n{THINK_END}\n\n{text}"
         calls = message.get("tool_calls")
         return dict(message) | {"content": text or (None if calls else ""), "tool_calls": calls}
+
+
+class PairEncoder:
+    """Two answers to the same question, the one that is preferred and the other.
+
+    The turns with which both begin are the question; what the assistant writes after them is
+    predicted.
+
+    Args:
+      chats: Encodes each of the two; a pair of which one is too long for a row is skipped.
+    """
+
+    def __init__(self, chats: ChatEncoder) -> None:
+        self._chats = chats
+
+    def __call__(self, record: Record) -> Example | Skipped:
+        """The preferred answer with the other beside it, or why there is none."""
+        wrong = _unusable(record)
+        if wrong is not None:
+            return wrong
+        tools = record.row.get("tools") or ()
+        try:
+            turns = [
+                self._chats.turns(whole_chat(record.row, name), name, tools)
+                for name in ("chosen", "rejected")
+            ]
+            if turns[0] == turns[1]:
+                return Skipped("empty", f"{record.place}: chosen and rejected are the same")
+            alike = (a == b for a, b in zip(*turns, strict=False))
+            context = sum(1 for _ in itertools.takewhile(bool, alike))
+            chosen, rejected = (self._chats.example(each, context) for each in turns)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            return Skipped("malformed", f"{record.place}: {error}")
+        wrong = self._chats.refused(chosen, f"{record.place}: chosen")
+        wrong = wrong or self._chats.refused(rejected, f"{record.place}: rejected")
+        return wrong or chosen._replace(rejected=rejected, undecodable=record.undecodable)
+
+
+def whole_chat(row: Mapping[str, Any], name: str) -> Any:
+    """The messages of one side of a pair: the prompt's, where there are any, before the answer's.
+
+    Args:
+      row: `chosen` and `rejected` are whole chats, or answers to `prompt`: text, or messages that
+        begin with the assistant's. `prompt` is text or messages.
+      name: "chosen" or "rejected".
+
+    Raises:
+      ValueError: an answer without a prompt.
+    """
+    prompt, answer = row.get("prompt"), row.get(name)
+    if isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    if not isinstance(answer, list) or not answer or answer[0]["role"] != "assistant":
+        return answer
+    if not prompt:
+        raise ValueError(f"{name!r} is an answer, but there is no 'prompt'")
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [*before, *answer]
 
 
 def _unusable(record: Record) -> Skipped | None:

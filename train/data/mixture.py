@@ -201,9 +201,9 @@ class Mixture:
         )
         number, example = self._usable(self.pools[name])
         for other, share in shares.items():
-            self._behind[other] += share * len(example.ids)
-        self._behind[name] -= len(example.ids)
-        self.counts[f"{name}/tokens"] += len(example.ids)
+            self._behind[other] += share * example.size
+        self._behind[name] -= example.size
+        self.counts[f"{name}/tokens"] += example.size
         return name, number, example
 
     def read(self, name: str, number: int) -> Example:

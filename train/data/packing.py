@@ -57,13 +57,20 @@ class PackedRows(grain.IterDataset):
       length: T. A longer document is cut; each piece is a segment of its own.
       rows: Of the stage, for the mixture's weights.
       pictures: If examples have tiles; none has more than a row.
+      pairs: If examples are pairs, the most of a row; there are `rejected_` arrays too, in which
+        the other answers have the same segment ids. None is longer than a row.
     """
 
     def __init__(
-        self, mixture: Mixture, length: int, rows: int, pictures: Pictures | None = None
+        self,
+        mixture: Mixture,
+        length: int,
+        rows: int,
+        pictures: Pictures | None = None,
+        pairs: int = 0,
     ) -> None:
         super().__init__()
-        self._arguments = mixture, length, rows, pictures
+        self._arguments = mixture, length, rows, pictures, pairs
 
     def __iter__(self) -> PackingIterator:
         return PackingIterator(*self._arguments)
@@ -72,10 +79,13 @@ class PackedRows(grain.IterDataset):
 class PackingIterator(grain.DatasetIterator):
     """See `PackedRows`."""
 
-    def __init__(self, mixture: Mixture, length: int, rows: int, pictures: Pictures | None) -> None:
+    def __init__(
+        self, mixture: Mixture, length: int, rows: int, pictures: Pictures | None, pairs: int
+    ) -> None:
         super().__init__()
         self._mixture, self._length, self._total = mixture, length, rows
-        self._pictures = pictures
+        self._pictures, self._pairs = pictures, pairs
+        self._most_pieces = pairs or length
         self._most_tiles = pictures.most if pictures is not None else 0
         self.set_state({})
 
@@ -108,8 +118,8 @@ class PackingIterator(grain.DatasetIterator):
         while self._short():
             name, number, example = self._mixture.draw(self._rows / self._total)
             self._examples[name, number] = example
-            self._mixture.counts[f"{name}/cut"] += int(len(example.ids) > self._length)
-            self._add(Piece(name, number, 0, len(example.ids), len(example.tiles)))
+            self._mixture.counts[f"{name}/cut"] += int(example.size > self._length)
+            self._add(Piece(name, number, 0, example.size, len(example.tiles)))
         self._rows += 1
         return self._filled(self._take())
 
@@ -132,7 +142,7 @@ class PackingIterator(grain.DatasetIterator):
         row = [self._remove(next(itertools.islice(self._waiting, chosen, None)))]
         space, tiles = self._length - row[0].size, self._most_tiles - row[0].tiles
         at = bisect.bisect(self._by_size, (space, 1))
-        while at > 0:
+        while at > 0 and len(row) < self._most_pieces:
             number = -self._by_size[at - 1][1]
             if self._waiting[number].tiles > tiles:
                 at -= 1
@@ -150,10 +160,9 @@ class PackingIterator(grain.DatasetIterator):
 
     def _filled(self, pieces: list[Piece]) -> Row:
         """The row's arrays."""
-        whole = {
-            name: np.zeros(self._length, np.int32)
-            for name in ("tokens", "segment_ids", "positions")
-        } | {"loss_mask": np.zeros(self._length, np.float32)}
+        whole = _empty(self._length)
+        if self._pairs:
+            whole |= {f"rejected_{name}": x for name, x in _empty(self._length).items()}
         if self._pictures is not None:
             side = self._pictures.tiles.shape[1:]
             whole["tiles"] = np.zeros((self._most_tiles, *side), np.uint8)
@@ -161,10 +170,9 @@ class PackingIterator(grain.DatasetIterator):
         at = tiles = 0
         for segment, piece in enumerate(pieces, 1):
             example, here = self._example(piece), slice(at, at + piece.size)
-            whole["tokens"][here] = example.ids[piece.start : piece.stop]
-            whole["segment_ids"][here] = segment
-            whole["positions"][here] = np.arange(piece.size)
-            whole["loss_mask"][here] = example.loss_mask[piece.start : piece.stop]
+            _put(whole, "", at, segment, example, piece)
+            if example.rejected is not None:
+                _put(whole, "rejected_", at, segment, example.rejected, piece)
             if self._pictures is not None:
                 self._see(whole, here, example, tiles)
             at, tiles = here.stop, tiles + piece.tiles
@@ -190,3 +198,18 @@ class PackingIterator(grain.DatasetIterator):
         if not self._left[key]:
             del self._left[key], self._examples[key]
         return example
+
+
+def _empty(length: int) -> Row:
+    whole = {n: np.zeros(length, np.int32) for n in ("tokens", "segment_ids", "positions")}
+    return whole | {"loss_mask": np.zeros(length, np.float32)}
+
+
+def _put(row: Row, prefix: str, at: int, segment: int, example: Example, piece: Piece) -> None:
+    """A piece of an example, or of one of two answers as much as it has, from place `at` on."""
+    ids = example.ids[piece.start : piece.stop]
+    here = slice(at, at + len(ids))
+    row[prefix + "tokens"][here] = ids
+    row[prefix + "segment_ids"][here] = segment
+    row[prefix + "positions"][here] = np.arange(len(ids))
+    row[prefix + "loss_mask"][here] = example.loss_mask[piece.start : piece.stop]

@@ -13,7 +13,7 @@ from mmjax.config import ConfigError
 from mmjax.tokenizer import Tokenizer
 from train.config import DataConfig, JobConfig, SourceConfig
 from train.data.documents import Record, Source
-from train.data.examples import ChatEncoder, Example, Skipped, TextEncoder
+from train.data.examples import ChatEncoder, Example, PairEncoder, Skipped, TextEncoder, whole_chat
 from train.data.mixture import Mixture, Pool, Rows, ordered
 from train.data.packing import PackedRows, Pictures
 from train.data.streams import Streams
@@ -43,7 +43,8 @@ def make_stream(
       rows: Rows of a batch that this process needs; None for all.
 
     Returns:
-      Iterator over tokens, segment_ids, positions [B, T] int32, loss_mask [B, T] float32.
+      Iterator over tokens, segment_ids, positions [B, T] int32, loss_mask [B, T] float32; for dpo
+      these are of the preferred answers, and there are as many `rejected_` ones.
 
     Raises:
       ConfigError: sources that cannot be read, or weights that name none.
@@ -141,10 +142,10 @@ def encoder(
     source: SourceConfig, tokenizer: Tokenizer, data: DataConfig
 ) -> Callable[[Record], Example | Skipped]:
     """What makes examples of a source's rows."""
-    if source.kind == "chat":
-        field = source.field or "messages"
-        return ChatEncoder(tokenizer, field, data.sequence_length, source.thinking)
-    return TextEncoder(tokenizer, source.field or "text")
+    if source.kind == "text":
+        return TextEncoder(tokenizer, source.column)
+    chats = ChatEncoder(tokenizer, source.column, data.sequence_length, source.thinking)
+    return PairEncoder(chats) if source.kind == "preference" else chats
 
 
 def sample_texts(data: DataConfig, seed: int = 0) -> Iterator[str]:
@@ -162,10 +163,11 @@ def sample_texts(data: DataConfig, seed: int = 0) -> Iterator[str]:
 
 def _text_of(source: SourceConfig) -> Callable[[Record], Any]:
     def text(record: Record) -> str:
-        value = record.row.get(source.field or ("messages" if source.kind == "chat" else "text"))
+        value = record.row.get(source.column)
         if source.kind == "text":
             return value if isinstance(value, str) else ""
         try:
+            value = whole_chat(record.row, "chosen") if source.kind == "preference" else value
             return render_chat(value or (), reply=False)
         except (ValueError, TypeError, KeyError, AttributeError):
             return ""  # Told and counted when it is read for training.
@@ -208,9 +210,10 @@ def _streams(
 ) -> Streams:
     data = cfg.data
     total = steps * data.batch_size // data.streams
+    pairs = data.pairs_per_row if cfg.task == "dpo" else 0
 
     def make(stream: int) -> PackedRows:
-        return PackedRows(mixture(stream), data.sequence_length, total, pictures)
+        return PackedRows(mixture(stream), data.sequence_length, total, pictures, pairs)
 
     every = np.arange(data.batch_size)
     return Streams(

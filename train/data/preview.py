@@ -77,14 +77,31 @@ def print_row(batch: Batch, row: int, tokenizer: Tokenizer, console: Console, to
     segments = batch["segment_ids"][row]
     console.rule(f"row {row}: {np.count_nonzero(segments)} of {len(segments)} tokens")
     for segment in range(1, int(segments.max()) + 1):
-        (here,) = np.nonzero(segments == segment)
-        mask = batch["loss_mask"][row, here]
-        heading = f"segment {segment}: {len(here)} tokens, {int(mask.sum())} predicted"
-        console.rule(heading, characters="·", align="left", style="dim")
-        ids = batch["tokens"][row, here[:tokens]]
-        console.print(painted(ids, mask[:tokens], tokenizer), soft_wrap=True)
-        if len(here) > tokens:
-            console.print(f"... {len(here) - tokens} tokens more", style="italic dim")
+        print_segment(batch, row, segment, tokenizer, console, tokens)
+        if "rejected_tokens" in batch:
+            print_segment(batch, row, segment, tokenizer, console, tokens, "rejected")
+
+
+def print_segment(
+    batch: Batch,
+    row: int,
+    segment: int,
+    tokenizer: Tokenizer,
+    console: Console,
+    tokens: int,
+    side: str = "",
+) -> None:
+    """Prints one document; of a pair with side "rejected" the other answer."""
+    prefix = f"{side}_" if side else ""
+    (here,) = np.nonzero(batch[f"{prefix}segment_ids"][row] == segment)
+    mask = batch[f"{prefix}loss_mask"][row, here]
+    told = f"segment {segment}{side and ', ' + side}"
+    heading = f"{told}: {len(here)} tokens, {int(mask.sum())} predicted"
+    console.rule(heading, characters="·", align="left", style="dim")
+    ids = batch[f"{prefix}tokens"][row, here[:tokens]]
+    console.print(painted(ids, mask[:tokens], tokenizer), soft_wrap=True)
+    if len(here) > tokens:
+        console.print(f"... {len(here) - tokens} tokens more", style="italic dim")
 
 
 def painted(ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer) -> Text:
