@@ -1,6 +1,7 @@
 """Strict JAX, eight CPU devices, and array annotations that are checked at every call."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import jax
@@ -19,7 +20,7 @@ def pytest_configure(config):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
-    jax.config.update("jax_enable_compilation_cache", False)
+    _compile_once(config)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     # Flax annotates nnx.State with typing.Hashable, which beartype calls deprecated.
@@ -27,6 +28,17 @@ def pytest_configure(config):
         "filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning"
     )
     jaxtyping.install_import_hook(["kernels_pallas", "mmjax"], "beartype.beartype")
+
+
+def _compile_once(config):
+    """Tests build the same tiny models: a process compiles a program once, and forgets it after.
+
+    A folder for each process, since JAX writes its entries without a lock.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="mmjax-compiled-")
+    config.add_cleanup(folder.cleanup)
+    jax.config.update("jax_compilation_cache_dir", folder.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture(scope="session")

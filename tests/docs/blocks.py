@@ -11,7 +11,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Programs that are not ours, in commands that are only shown.
-FOREIGN = {"npm", "srun", "gcloud", "xpk", "export", "pip"}
+FOREIGN = {"npm", "srun", "gcloud", "xpk", "export", "pip", "curl"}
 _BLOCK = re.compile(r"(?:^<!-- (.*?) -->\n)?^```(\w*)[^\n]*\n(.*?)^```", re.M | re.S)
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,8 @@ from tests.mmjax.programs import random_model
 LANGUAGES = {"sh", "python", "text"}
 # For one block, on a machine that is busy with other things.
 SECONDS = 600
+# Where the pages serve.
+PORT = 8000
 
 
 def _name(page):
@@ -80,13 +83,14 @@ def test_a_wrong_command_is_found(command, fault):
 def _tiny(folder, vision=False):
     """A model folder of random weights with a tokenizer of bytes."""
     tokenizer = byte_tokenizer()
+    layers = {"num_layers": 2, "layer_types": ("lightning", "softmax")}
     if vision:
         tokenizer.backend.add_special_tokens(["<image>"])
         cfg = mmjax.ModelConfig.from_hf(ROOT / "tests/golden/vl/tiny_two_images")
         seen = dataclasses.replace(cfg.vision, image_token_id=tokenizer.vocab_size - 1)
-        cfg = dataclasses.replace(cfg, vision=seen)
+        cfg = dataclasses.replace(cfg, vision=seen, **layers)
     else:
-        cfg = mmjax.ModelConfig.tiny(num_layers=2, layer_types=("lightning", "softmax"))
+        cfg = mmjax.ModelConfig.tiny(**layers)
     vocab = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_id}
     floats = {"dtype": "float32", "param_dtype": "float32"}
     mmjax.save(random_model(dataclasses.replace(cfg, **vocab, **floats)), folder)
@@ -104,7 +108,7 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture
-def checkout(models, tmp_path):
+def checkout(models, tmp_path, tmp_path_factory):
     """A copy of the checkout with the files that the pages take for granted."""
     listed = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT)
     for name in listed.decode().split("\n"):
@@ -113,8 +117,11 @@ def checkout(models, tmp_path):
             shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "to").symlink_to(models)
-    (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus" / "one.txt").write_text((ROOT / "CONTRIBUTING.md").read_text())
+    compiled = tmp_path_factory.getbasetemp() / "compiled"
+    if "PYTEST_XDIST_WORKER" in os.environ:  # One for all workers.
+        compiled = compiled.parent.parent / "compiled"
+    compiled.mkdir(exist_ok=True)
+    (tmp_path / ".compiled").symlink_to(compiled)
     # Where mmjax is not installed, as on a machine that runs from a checkout alone.
     if shutil.which("mmjax", path=Path(sys.executable).parent) is None:
         shim = tmp_path / ".bin" / "mmjax"
@@ -128,9 +135,13 @@ def checkout(models, tmp_path):
 
 def _environment(checkout):
     paths = [str(Path(sys.executable).parent), str(checkout / ".bin"), os.environ["PATH"]]
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     own = {"PATH": os.pathsep.join(paths), "PYTHONPATH": str(checkout), "COLUMNS": "100"}
-    return os.environ | own | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick}
+    # The pages serve and ask the same models: each of their programs is compiled once.
+    kept = {
+        "JAX_COMPILATION_CACHE_DIR": str((checkout / ".compiled").resolve()),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return os.environ | own | kept | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 
 
 def _run(command, checkout, **kwargs):
@@ -152,6 +163,7 @@ class _Server:
     """A block that serves until it is told to stop; `ready` waits for its first answer."""
 
     def __init__(self, block, checkout):
+        _wait_for_the_port()
         self._log = checkout / "server.log"
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
@@ -167,7 +179,7 @@ class _Server:
         while time.monotonic() < until:
             assert self._process.poll() is None, self._log.read_text()
             try:
-                with urllib.request.urlopen("http://127.0.0.1:8000/health", timeout=5) as answer:
+                with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=5) as answer:
                     assert answer.status == 200
                     return
             except OSError:
@@ -191,11 +203,22 @@ def _runnable(page):
     return any(b.language in ("sh", "python") and not b.reason for b in blocks(page))
 
 
+def _wait_for_the_port():
+    """Waits until nobody, such as the tests of another checkout, listens where the pages say."""
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", PORT)):
+                return
+        time.sleep(1)
+    raise AssertionError(f"port {PORT}, which the pages print, is in use; stop what listens there")
+
+
 # Servers bind the port that the pages print, so their pages run one after the other.
 def _groups():
     for page in filter(_runnable, PAGES):
         serves = any(b.background for b in blocks(page))
-        mark = pytest.mark.xdist_group("port 8000" if serves else page.stem)
+        mark = pytest.mark.xdist_group(f"port {PORT}" if serves else page.stem)
         yield pytest.param(page, id=_name(page), marks=mark)
 
 
@@ -227,21 +250,16 @@ def _run_page(page, checkout, servers):
             if server is not None:
                 _run([sys.executable, "-c", "\n".join(python)], checkout)
                 python.clear()
-        if server is not None and block is _last_of_server(page):
+        if server is not None and block == _last_of_server(page):
             server.stop()
             server = None
     if python:
         _run([sys.executable, "-c", "\n".join(python)], checkout)
-    if server is not None:
-        server.stop()
 
 
 def _last_of_server(page):
-    """The block after which nothing talks to the server any more: the first Python after it."""
-    found = blocks(page)
-    start = next(i for i, b in enumerate(found) if b.background)
-    after = [b for b in found[start:] if b.language == "python"]
-    return after[0] if after else found[-1]
+    """The last block that talks to the server, or the one that starts it."""
+    return [b for b in blocks(page) if b.background or f"127.0.0.1:{PORT}" in b.text][-1]
 
 
 def _same(output, printed):

@@ -58,7 +58,7 @@ def _check(inputs, dtype="float32", blocks=SMALL):
 
 
 # The compiler takes seconds for each shape, and the cases with segments share one.
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 255, 256, 500, 1000, 2048])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 256, 1000])
 def test_lengths(length):
     inputs = lightning_inputs(length, batch=1, length=length, decay=DECAY)
     _check(inputs, blocks=Blocks(64, 1, 64, 1))
