@@ -18,7 +18,7 @@ demo: .venv/.stamp ## Train and reinforce a tiny M1 into runs/demo-SEED (make de
 test: .venv/.stamp ## Run the tests (CPU)
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow and not commands and not colabs" tests
 
-test-slow: .venv/.stamp ## Compile for TPUs ahead; kill and resume jobs of several processes
+test-slow: .venv/.stamp ## Compile for TPUs ahead; kill and resume jobs, several processes
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m slow tests
 
 # With the machine's own Python, which has a JAX for its GPU; pytest-xdist shares the compiling.
@@ -39,7 +39,7 @@ docs: .venv/.docs ## Build the docs site into site/, without a warning or a dead
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 commands: .venv/.docs ## Run every command of README.md and docs/ as it is printed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m commands tests/docs
+	$(BIN)/python -m pytest -n 2 --dist load --maxschedchunk 1 -m commands tests/docs
 
 # Small and compiled in a hurry: what they claim is checked, not how fast it is.
 colabs: .venv/.docs ## Run the Colabs at their small setting, and compare them with their notebooks

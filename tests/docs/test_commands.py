@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -163,6 +165,9 @@ class _Server:
     """A block that serves until it is told to stop; `ready` waits for its first answer."""
 
     def __init__(self, block, checkout):
+        # All pages print the same port: one of them serves at a time, whichever process runs it.
+        self._turn = (Path(tempfile.gettempdir()) / f"mmjax-port-{PORT}.lock").open("w")
+        fcntl.flock(self._turn, fcntl.LOCK_EX)
         _wait_for_the_port()
         self._log = checkout / "server.log"
         with self._log.open("w") as log:
@@ -189,6 +194,7 @@ class _Server:
     def stop(self):
         self._process.send_signal(signal.SIGTERM)
         assert self._process.wait(SECONDS) == 0, self._log.read_text()
+        self._turn.close()
 
     def __enter__(self):
         return self
@@ -197,6 +203,7 @@ class _Server:
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
+        self._turn.close()
 
 
 def _runnable(page):
@@ -214,16 +221,8 @@ def _wait_for_the_port():
     raise AssertionError(f"port {PORT}, which the pages print, is in use; stop what listens there")
 
 
-# Servers bind the port that the pages print, so their pages run one after the other.
-def _groups():
-    for page in filter(_runnable, PAGES):
-        serves = any(b.background for b in blocks(page))
-        mark = pytest.mark.xdist_group(f"port {PORT}" if serves else page.stem)
-        yield pytest.param(page, id=_name(page), marks=mark)
-
-
 @pytest.mark.commands
-@pytest.mark.parametrize("page", list(_groups()))
+@pytest.mark.parametrize("page", list(filter(_runnable, PAGES)), ids=_name)
 def test_the_page_runs_as_printed(page, checkout):
     with contextlib.ExitStack() as servers:
         _run_page(page, checkout, servers)

@@ -129,6 +129,7 @@ def jobs(tmp_path_factory):
     return straight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["pretrain", "sft"])
 def test_killed_job_ends_as_a_straight_one(task, jobs, tmp_path):
     config, straight = jobs(task)
