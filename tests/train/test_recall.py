@@ -8,6 +8,7 @@ from mmjax.config import ConfigError
 from mmjax.tokenizer import EOS
 from train.config import DataConfig
 from train.data.tokenizer import train_tokenizer
+from train.evaluation import lexicon
 from train.evaluation.examples import RecallExamples, prompt_hash
 from train.evaluation.lexicon import word_tokenizer
 from train.evaluation.tasks import Encoder, Task, TooShortError
@@ -116,6 +117,14 @@ def test_conversation_asks_for_an_earlier_answer_among_similar_ones():
     assert len(re.findall(rf"Write a {form}", sample.text)) >= 2
 
 
+@pytest.mark.parametrize("kind", ["niah(keys=4, haystack='needles', ", "associative_recall("])
+def test_few_names_are_the_same_in_all_samples(kind):
+    few, known = task(f"{kind}names=8)"), set(lexicon.NAMES[:8])
+    named = [set(re.findall(r"(\w+) is: ", few.sample(i, 200).text)) for i in range(6)]
+    assert all(len(names) >= 4 and names <= known for names in named)
+    assert set.union(*named) == known
+
+
 def test_same_seed_same_sample_and_another_elsewhere():
     one = task(TASKS[0]).sample(3, 300)
     assert one == task(TASKS[0]).sample(3, 300)
@@ -152,6 +161,7 @@ def test_words_are_one_token_each():
         ("niah(keys=2, queries=3)", "1 <= queries <= keys"),
         ("niah(haystack='hay')", "haystack 'noise' or 'needles'"),
         ("niah(keys=2000)", "2000 names are too many"),
+        ("niah(keys=5, names=4)", "5 names are too many; there are 4"),
     ],
 )
 def test_wrong_tasks(text, message):

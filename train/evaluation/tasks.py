@@ -69,22 +69,23 @@ class Draw(NamedTuple):
         """Tokens of some pieces."""
         return sum(map(self.count, pieces))
 
-    def names(self, number: int) -> list[str]:
-        """Distinct names.
+    def names(self, number: int, of: int = len(lexicon.NAMES)) -> list[str]:
+        """Distinct names of the first `of`.
 
         Raises:
           ConfigError: there are not as many.
         """
-        if number > len(lexicon.NAMES):
-            raise ConfigError(f"{number} names are too many; there are {len(lexicon.NAMES)}")
-        return self.rng.sample(lexicon.NAMES, number)
+        known = lexicon.NAMES[:of]
+        if number > len(known):
+            raise ConfigError(f"{number} names are too many; there are {len(known)}")
+        return self.rng.sample(known, number)
 
-    def plenty_of_names(self, tokens: int, part: Sequence[str], beside: int = 1) -> list[str]:
+    def plenty_of_names(self, tokens: int, part: Sequence[str], beside: int, of: int) -> list[str]:
         """At least as many names as there is room for in such parts, and some beside, if there are
         as many.
         """
         room = max(tokens, 0) // max(self.total(part), 1)
-        return self.names(min(room + beside, len(lexicon.NAMES)))
+        return self.names(min(room + beside, of), of)
 
 
 type Generator = Callable[..., Sample]
@@ -104,6 +105,7 @@ def niah(
     queries: int = 1,
     haystack: str = "noise",
     digits: int = 7,
+    names: int = len(lexicon.NAMES),
 ) -> Sample:
     """Needles, `One of the special magic numbers for KEY is: VALUE.`, in a haystack.
 
@@ -114,6 +116,7 @@ def niah(
       queries: Keys asked for; the answer names them in turn.
       haystack: "noise" for sentences, "needles" for further needles alone.
       digits: Of a value.
+      names: Different keys in all samples; the fewer, the sooner a small model knows them.
 
     Source: RULER, section 3.1 (single, multi-key, multi-value and multi-query NIAH).
     """
@@ -124,9 +127,9 @@ def niah(
         )
     rng = draw.rng
     number = _numbers(rng, digits)
-    names = draw.names(keys)
-    asked = [(name, [next(number) for _ in range(values)]) for name in names[:queries]]
-    others = [(name, next(number)) for name in names[queries:]]
+    drawn = draw.names(keys, names)
+    asked = [(name, [next(number) for _ in range(values)]) for name in drawn[:queries]]
+    others = [(name, next(number)) for name in drawn[queries:]]
     frame = _Frame(
         draw, [_MAGICS if values * queries > 1 else _MAGIC, "\n"], *_needle_question(asked)
     )
@@ -136,7 +139,7 @@ def niah(
     if haystack == "noise":
         hay = [[s] for s in _fill(draw, left, lambda: rng.choice(draw.pool))]
     else:
-        hay = _more_needles(draw, left, number, set(names))
+        hay = _more_needles(draw, left, number, set(drawn), names)
     for needle in loose:
         hay.insert(rng.randint(0, len(hay)), needle)
     depths = [draw.where(), *(rng.random() for _ in needles[1:])]
@@ -202,9 +205,11 @@ def _numbers(rng: random.Random, digits: int) -> Iterator[str]:
         yield str(number)
 
 
-def _more_needles(draw: Draw, left: int, number: Iterator[str], taken: set[str]) -> list[list[str]]:
+def _more_needles(
+    draw: Draw, left: int, number: Iterator[str], taken: set[str], of: int
+) -> list[list[str]]:
     found: list[list[str]] = []
-    for name in draw.plenty_of_names(left, _needle("", ""), len(taken)):
+    for name in draw.plenty_of_names(left, _needle("", ""), len(taken), of):
         if name in taken:
             continue
         needle = _needle(name, next(number))
@@ -215,7 +220,7 @@ def _more_needles(draw: Draw, left: int, number: Iterator[str], taken: set[str])
     return found
 
 
-def associative_recall(draw: Draw, *, digits: int = 3) -> Sample:
+def associative_recall(draw: Draw, *, digits: int = 3, names: int = len(lexicon.NAMES)) -> Sample:
     """As many pairs of a name and a number as fit, all of them asked for in another order.
 
     To learn from, more than to be asked: an answer names a value every few tokens, where a needle's
@@ -224,6 +229,7 @@ def associative_recall(draw: Draw, *, digits: int = 3) -> Sample:
     Args:
       draw: Randomness and length.
       digits: Of a number.
+      names: Different names in all samples.
 
     Source: Arora et al. (arXiv 2312.04927), multi-query associative recall.
     """
@@ -237,7 +243,7 @@ def associative_recall(draw: Draw, *, digits: int = 3) -> Sample:
 
     pairs: list[tuple[str, str]] = []
     left = frame([("", ""), ("", "")]).left
-    for name in draw.plenty_of_names(left, _pair("", "")):
+    for name in draw.plenty_of_names(left, _pair("", ""), 1, names):
         pair = (name, next(number))
         said = [*_pair(*pair), ",", f" {name}", f" {name}", ":", f" {pair[1]}", ","]
         left -= draw.total(said)
