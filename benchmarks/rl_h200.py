@@ -50,7 +50,7 @@ from train.policy_losses import agreement
 from train.tasks import run_task
 
 # The same for all, so that what differs is the loss.
-STEPS, UPDATES, RATE = 60, 16, 5e-5
+STEPS, UPDATES, RATE = 60, 16, 1e-5
 MODEL = {
     "preset": "tiny",
     "num_layers": 4,
@@ -204,15 +204,16 @@ def _draw(curves: dict[str, dict[str, list[list[float]]]], file: Path) -> None:
     picture.savefig(file)
 
 
-def print_modes(out: Path, steps: int) -> None:
+def print_modes(out: Path, steps: int, rate: float) -> None:
     """Tokens a second and accuracy of the synchronous mode and of the asynchronous one."""
     count = jax.device_count()
     print(f"{count} x {jax.devices()[0].device_kind}, jax {jax.__version__}, {steps} batches\n")
     print("| mode | s a batch | tokens drawn/s | trained/s | staleness | accuracy |")
     print("|---|---|---|---|---|---|", flush=True)
+    common = {"steps": steps, "optimizer.learning_rate": rate}
     apart = {"asynchronous.max_staleness": 2, "asynchronous.sampler_devices": count // 2}
-    for mode, changes in (("synchronous", {}), ("asynchronous", apart)):
-        run_task(job("cispo", out, steps=steps, **changes), out / mode)
+    for mode, changes in (("synchronous", common), ("asynchronous", common | apart)):
+        run_task(job("cispo", out, **changes), out / mode)
         records = read_metrics(out / mode)
         # The first batches compile.
         warm = records[len(records) // 4 :]
@@ -342,7 +343,7 @@ def main() -> None:
     parser.add_argument("--algorithms", nargs="+", default=["cispo", "dapo", "grpo"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=STEPS, help="rollout batches of a run")
-    parser.add_argument("--rate", type=float, default=RATE, help="learning rate of `compare`")
+    parser.add_argument("--rate", type=float, default=RATE, help="learning rate of reinforcement")
     parser.add_argument("--rows", type=int, default=8, help="rows of `agreement`")
     parser.add_argument("--tokens", type=int, default=8192, help="new tokens of a row of it")
     args = parser.parse_args()
@@ -354,7 +355,7 @@ def main() -> None:
     elif args.what == "compare":
         compare(args.out, args.algorithms, args.seeds, args.steps, args.rate)
     elif args.what == "asynchronous":
-        print_modes(args.out, args.steps)
+        print_modes(args.out, args.steps, args.rate)
     else:
         print_agreement(args.out, args.rows, args.tokens)
 
