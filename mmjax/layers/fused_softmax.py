@@ -2,7 +2,8 @@
 
 cuDNN has a forward and a backward that never write scores to memory, for bf16 on GPUs, and knows
 rows that are one document with padding behind it. Rows of several documents, which only a batch
-tells, go through `mmjax.layers.softmax` in the same program: `lax.cond` runs one of the two.
+tells, get a mask, or go through `mmjax.layers.softmax` where the mask would take too much memory;
+in the same program: `lax.cond` runs one of the two.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from mmjax.layers.softmax import DENSE_SCORES, softmax_attention
 
 # The largest head of cuDNN's backward on every GPU that has the kernels.
 _MAX_HEAD = 128
+# The largest mask of documents, in bytes as cuDNN reads it: 32 rows of 8K tokens, 2 of 32K.
+_MOST_MASK = 1 << 32
 # What a policy of `jax.checkpoint` may keep, so that a backward does not attend again.
 PRIMITIVE = "dot_product_attention_fwd"
 
@@ -50,7 +53,12 @@ def self_attention(
     if segment_ids is None:
         return _fused(q, k, v, None)
     whole, lengths = _one_document(segment_ids)
-    return jax.lax.cond(whole, lambda: _fused(q, k, v, lengths), in_blocks)
+    mask_bytes = q.dtype.itemsize * segment_ids.size * segment_ids.shape[1]
+
+    def packed() -> jax.Array:
+        return _masked(q, k, v, segment_ids) if mask_bytes <= _MOST_MASK else in_blocks()
+
+    return jax.lax.cond(whole, lambda: _fused(q, k, v, lengths), packed)
 
 
 def why_not(q: jax.Array | jax.ShapeDtypeStruct) -> str | None:
@@ -81,18 +89,28 @@ def _fused(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None) 
     if lengths is None:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     real = jnp.arange(q.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
-
-    def keep(x: jax.Array) -> jax.Array:
-        """Zeros for padding, whatever the kernel leaves there, forward and backward."""
-        return jnp.where(real[:, :, None, None], x, 0)
-
     out = jax.nn.dot_product_attention(
-        keep(q),
-        keep(k),
-        keep(v),
+        *(_keep(x, real) for x in (q, k, v)),
         is_causal=True,
         query_seq_lengths=lengths,
         key_value_seq_lengths=lengths,
         implementation="cudnn",
     )
-    return keep(out)
+    return _keep(out, real)
+
+
+def _masked(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    real = segment_ids != 0
+    same = (segment_ids[:, :, None] == segment_ids[:, None]) & real[:, None]
+    out = jax.nn.dot_product_attention(
+        *(_keep(x, real) for x in (q, k, v)),
+        mask=same[:, None],
+        is_causal=True,
+        implementation="cudnn",
+    )
+    return _keep(out, real)
+
+
+def _keep(x: jax.Array, real: jax.Array) -> jax.Array:
+    """Zeros for padding, whatever the kernel leaves there, forward and backward."""
+    return jnp.where(real[:, :, None, None], x, 0)

@@ -53,10 +53,15 @@ def test_a_row_of_one_segment_is_fused(h200):
     assert "stablehlo.case" not in program
 
 
-def test_packed_rows_choose_in_the_program(h200):
+@pytest.mark.parametrize("masked", [True, False])
+def test_packed_rows_choose_in_the_program(h200, monkeypatch, masked):
+    """Between one document a row, and a mask or, where that would be too large, XLA's blocks."""
+    if not masked:
+        monkeypatch.setattr("mmjax.layers.fused_softmax._MOST_MASK", 2 * 2 * 2048**2 - 1)
     program = lowered(jax.ShapeDtypeStruct((2, 2048), jnp.int32))
     assert "__cudnn$fmhaSoftmaxBackward" in program
-    assert masks(program) == {"PADDING_CAUSAL"}
+    assert ("__cudnn$fmhaScaleBiasSoftmaxBackward" in program) == masked
+    assert masks(program) == {"PADDING_CAUSAL"} | ({"CAUSAL"} if masked else set())
     assert "stablehlo.case" in program
 
 
