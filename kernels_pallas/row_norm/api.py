@@ -60,6 +60,7 @@ def add_norm_route(
     scales: tuple[float, float],
     eps: float,
     top_k: int,
+    row_align: int = 1,
     implementation: str | None = None,
 ) -> Routed:
     """The sum α x + β out of a decode step's rows, its norm, and the experts that the norm visits.
@@ -76,6 +77,8 @@ def add_norm_route(
       scales: α and β.
       eps: Of the norm.
       top_k: Experts a row visits.
+      row_align: `normed` is filled up to a multiple of so many rows, which saves who multiplies it
+        in tiles a copy.
       implementation: As for `row_norm`.
 
     Raises:
@@ -88,7 +91,8 @@ def add_norm_route(
         "reference": Candidate(add_norm_route_reference),
     }
     run = dispatch.resolve("add_norm_route", implementation, candidates)
-    routed: Routed = run(x, out, scale, router, real, scales=scales, eps=eps, top_k=top_k)
+    static = {"scales": scales, "eps": eps, "top_k": top_k, "row_align": row_align}
+    routed: Routed = run(x, out, scale, router, real, **static)
     return routed
 
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 class Routed(NamedTuple):
     """Rows [N, D] after a residual sum, its norm, and where their tokens go.
 
-    total [N, D]: the sum; normed [N, D]: its norm; logits [N, E] float32: the router's; share
-    [N, k]: of each chosen expert, summing to 1 over k; expert [N, k] int32, E for idle rows.
+    total [N, D]: the sum; normed [N', D]: its norm, filled up with rows of zeros; logits [N, E]
+    float32: the router's; share [N, k]: of each chosen expert, summing to 1 over k; expert [N, k]
+    int32, E for idle rows.
     """
 
     total: jax.Array
@@ -41,6 +42,7 @@ def add_norm_route_reference(
     scales: tuple[float, float],
     eps: float,
     top_k: int,
+    row_align: int,
 ) -> Routed:
     """`add_norm_route`. Shapes as in the public function."""
     alpha, beta = scales
@@ -50,4 +52,5 @@ def add_norm_route_reference(
     top, expert = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), top_k)
     share = (top / top.sum(-1, keepdims=True)).astype(x.dtype)
     expert = jnp.where(real[:, None], expert.astype(jnp.int32), router.shape[1])
+    normed = jnp.pad(normed, ((0, -x.shape[0] % row_align), (0, 0)))
     return Routed(total, normed, logits, share, expert)

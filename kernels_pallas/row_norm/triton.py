@@ -67,7 +67,7 @@ def row_norm_triton(
     return call(out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(x, scale)
 
 
-@functools.partial(jax.jit, static_argnames=("scales", "eps", "top_k", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scales", "eps", "top_k", "row_align", "interpret"))
 def add_norm_route_triton(
     x: jax.Array,
     out: jax.Array,
@@ -78,13 +78,27 @@ def add_norm_route_triton(
     scales: tuple[float, float],
     eps: float,
     top_k: int,
+    row_align: int,
     interpret: bool = False,
 ) -> Routed:
     """`add_norm_route`. Shapes as in the public function."""
     (rows, width), experts = x.shape, router.shape[1]
     run = _run_length(width, _TILE // max(experts, 8))
+    padded = pl.cdiv(rows, row_align) * row_align
 
-    def body(
+    def body(*refs: _Ref) -> None:
+        row = pl.program_id(0)
+        if padded == rows:
+            return real_row(row, *refs)
+        pl.when(row < rows)(lambda: real_row(row, *refs))
+        pl.when(row >= rows)(lambda: zero_row(row, refs[6]))
+
+    def zero_row(row: jax.Array, normed_ref: _Ref) -> None:
+        for at in _runs(width, run):
+            normed_ref[row, at] = jnp.zeros(run, x.dtype)
+
+    def real_row(
+        row: jax.Array,
         x_ref: _Ref,
         out_ref: _Ref,
         scale_ref: _Ref,
@@ -96,7 +110,6 @@ def add_norm_route_triton(
         share_ref: _Ref,
         expert_ref: _Ref,
     ) -> None:
-        row = pl.program_id(0)
         runs = _runs(width, run)
         matrices = [router_ref[at, :] for at in runs]
         scale_parts = [scale_ref[at] for at in runs]
@@ -118,12 +131,12 @@ def add_norm_route_triton(
 
     shapes = (
         jax.ShapeDtypeStruct(x.shape, x.dtype),
-        jax.ShapeDtypeStruct(x.shape, x.dtype),
+        jax.ShapeDtypeStruct((padded, width), x.dtype),
         jax.ShapeDtypeStruct((rows, experts), jnp.float32),
         jax.ShapeDtypeStruct((rows, top_k), x.dtype),
         jax.ShapeDtypeStruct((rows, top_k), jnp.int32),
     )
-    call = _rows_call(body, "add_norm_route", rows, interpret)
+    call = _rows_call(body, "add_norm_route", padded, interpret)
     return Routed(*call(out_shape=shapes)(x, out, scale, router, real.astype(jnp.int32)))
 
 

@@ -76,7 +76,7 @@ class Block(nnx.Module):
             routed = self.moe.add_norm_route(
                 residual, attended, self.moe_norm, self.attention_scales, ctx.real
             )
-            h, y = routed.total[:, None], routed.normed[:, None]
+            h, y = (rows[: h.shape[0], None] for rows in (routed.total, routed.normed))
             mixed, stats = self.moe.visit(routed, ctx.real)
         else:
             alpha, beta = self.attention_scales

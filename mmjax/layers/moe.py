@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32
 
 from kernels_pallas import add_norm_route, dispatch
+from kernels_pallas.grouped_matmul import LISTED_ALIGN, LISTED_ROWS
 from kernels_pallas.numerics import einsum32
 from kernels_pallas.row_norm import Routed, why_not_fused
 from mmjax.config import ModelConfig
@@ -125,17 +126,18 @@ class MoE(nnx.Module):
             scales=scales,
             eps=norm.eps,
             top_k=self.top_k,
+            row_align=LISTED_ALIGN if x.shape[0] <= LISTED_ROWS else 1,
         )
 
     def visit(
         self, routed: Routed, real: Bool[Array, "B 1"] | None
     ) -> tuple[Float[Array, "B 1 D"], RouterStats]:
         """`__call__` on the normed rows of a decode step that are already routed."""
-        x = routed.normed[:, None]
-        mask = jnp.ones(x.shape[0], bool) if real is None else real[:, 0]
+        rows = routed.total.shape[0]
+        mask = jnp.ones(rows, bool) if real is None else real[:, 0]
         out = apply_experts(routed.normed, routed.share, routed.expert, self._kernels())[:, None]
         if self.shared is not None:
-            out = self.shared(x, out)
+            out = self.shared(routed.normed[:rows, None], out)
         stats = statistics(routed.logits, jax.nn.softmax(routed.logits), routed.expert, mask)
         return out, stats._replace(logits=routed.logits[:, None])
 
