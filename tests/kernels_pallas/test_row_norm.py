@@ -17,7 +17,6 @@ SCALES, EPS = (3.5565588, 0.5), 1e-5
 # Rows, width, experts, top k; the interpreter compiles for seconds.
 CASES = [
     (1, 384, 8, 2, jnp.bfloat16),
-    (5, 384, 32, 8, jnp.bfloat16),
     (5, 384, 32, 8, jnp.float32),
     (256, 128, 8, 1, jnp.float32),
 ]
@@ -90,8 +89,8 @@ def test_the_first_of_equal_experts_comes_first(top_k):
     assert got.expert[1].tolist() == [8] * top_k  # an idle row
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_norms_as_the_reference(dtype):
+def test_norms_as_the_reference():
+    dtype = jnp.bfloat16
     x, _, scale, *_ = inputs(7, 640, 8, dtype)
     x = x.at[3].set(0)
     got = triton.row_norm_triton(x, scale, EPS, interpret=True)
