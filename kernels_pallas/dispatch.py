@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-NAMES = ("reference", "chunked", "mosaic_tpu", "mosaic_gpu")
+NAMES = ("reference", "chunked", "mosaic_tpu", "mosaic_gpu", "triton")
 
 
 class UnavailableError(ValueError):
