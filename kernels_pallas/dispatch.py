@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-NAMES = ("reference", "chunked", "mosaic_tpu", "mosaic_gpu", "triton")
+NAMES = ("reference", "chunked", "mosaic_tpu", "mosaic_gpu")
 
 
 class UnavailableError(ValueError):

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Float32
 
 from kernels_pallas import dispatch
 from kernels_pallas.dispatch import Candidate
-from kernels_pallas.row_norm import triton
+from kernels_pallas.row_norm import mosaic_gpu
 from kernels_pallas.row_norm.reference import (
     Routed,
     add_norm_route_reference,
@@ -31,7 +31,7 @@ def row_norm(
       x: Rows [N, D].
       scale: [D].
       eps: Added to the mean square.
-      implementation: None for the best one on the arrays' platform, or "reference" | "triton".
+      implementation: None for the best one on the arrays' platform, or "reference" | "mosaic_gpu".
 
     Returns:
       [N, D] in x.dtype, with float32 statistics, cast down before the scale.
@@ -41,8 +41,8 @@ def row_norm(
     """
     target = dispatch.target(x, scale)
     candidates: dict[str, Candidate[Callable[..., Any]]] = {
-        "triton": Candidate(
-            triton.row_norm_triton, target.why_not_hopper() or triton.why_not_norm(x)
+        "mosaic_gpu": Candidate(
+            mosaic_gpu.row_norm_mosaic_gpu, target.why_not_hopper() or mosaic_gpu.why_not_norm(x)
         ),
         "reference": Candidate(row_norm_reference),
     }
@@ -87,7 +87,7 @@ def add_norm_route(
     Source: MiniMax-01 (arXiv 2501.08313), sections 2.1 and 2.4.
     """
     candidates: dict[str, Candidate[Callable[..., Any]]] = {
-        "triton": Candidate(triton.add_norm_route_triton, why_not_fused(x, router)),
+        "mosaic_gpu": Candidate(mosaic_gpu.add_norm_route_mosaic_gpu, why_not_fused(x, router)),
         "reference": Candidate(add_norm_route_reference),
     }
     run = dispatch.resolve("add_norm_route", implementation, candidates)
@@ -98,4 +98,4 @@ def add_norm_route(
 
 def why_not_fused(x: jax.Array, router: jax.Array) -> str | None:
     """Why no kernel does all of `add_norm_route` for these rows here; None where one does."""
-    return dispatch.target(x, router).why_not_hopper() or triton.why_not_route(x, router)
+    return dispatch.target(x, router).why_not_hopper() or mosaic_gpu.why_not_route(x, router)

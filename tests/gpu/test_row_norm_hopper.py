@@ -30,7 +30,7 @@ def test_as_in_float32(rows, width, experts, top_k, dtype):
     x, out, scale, router, real = inputs(rows, width, experts, dtype)
     got = jax.jit(
         lambda *args: add_norm_route(
-            *args, **STATIC, top_k=top_k, row_align=8, implementation="triton"
+            *args, **STATIC, top_k=top_k, row_align=8, implementation="mosaic_gpu"
         )
     )(x, out, scale, router, real)
     x32, out32, scale32 = (np.asarray(a.astype(jnp.float32), np.float64) for a in (x, out, scale))
@@ -53,7 +53,7 @@ def test_as_in_float32(rows, width, experts, top_k, dtype):
 @pytest.mark.parametrize("rows", [1, 256])
 def test_norms_as_the_reference(rows):
     x, _, scale, *_ = inputs(rows, 3072, 8, jnp.bfloat16)
-    got = row_norm(x, scale, 1e-5, implementation="triton")
+    got = row_norm(x, scale, 1e-5, implementation="mosaic_gpu")
     want = row_norm(x, scale, 1e-5, implementation="reference")
     error = jnp.abs(got.astype(jnp.float32) - want.astype(jnp.float32))
     assert (error <= 2**-7 * jnp.abs(want.astype(jnp.float32))).all()
@@ -63,7 +63,7 @@ def test_the_first_of_equal_experts_comes_first():
     x, out, scale, router, _ = inputs(2, 3072, 8, jnp.bfloat16)
     router = jnp.tile(router[:, :1], (1, 8))
     got = add_norm_route(
-        x, out, scale, router, jnp.ones(2, bool), **STATIC, top_k=2, implementation="triton"
+        x, out, scale, router, jnp.ones(2, bool), **STATIC, top_k=2, implementation="mosaic_gpu"
     )
     np.testing.assert_array_equal(got.expert, [[0, 1], [0, 1]])
     np.testing.assert_array_equal(np.asarray(got.share, np.float32), 0.5)
