@@ -133,6 +133,8 @@ def grouped_swiglu(
 
 # Rows that `listed_ffn` takes: as many as a kernel multiplies with a matrix at least.
 LISTED_ROWS = 64
+# What the kernel fills its rows up to a multiple of.
+LISTED_ALIGN = mosaic_gpu.ROW_ALIGN
 
 
 def listed_ffn(

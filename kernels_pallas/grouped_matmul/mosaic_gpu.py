@@ -39,7 +39,7 @@ type Scalar = Any  # The scalars inside a kernel have no public type.
 type _Shaped = jax.Array | jax.ShapeDtypeStruct
 
 # Columns and rows of a tile of shared memory in bf16, see `hopper.tiled`.
-_LANES, _ROWS = 64, 8
+_LANES, ROW_ALIGN = 64, 8
 # Rows of a tile that a warp group multiplies, and the side of the squares that it stores.
 _PIECE = 64
 # A tile of few rows loads no more than this many of its left operand.
@@ -261,10 +261,10 @@ def row_tiles(group_sizes: jax.Array, rows: int, block: int) -> RowTiles:
     before = index[None] < index[:, None]  # [E + 1, E + 1]
     starts = jnp.sum(jnp.where(before[:, :groups], group_sizes[None], 0), axis=1, dtype=jnp.int32)
     ends = jnp.where(index < groups, starts + jnp.pad(group_sizes, (0, 1)), rows)
-    firsts = starts // _ROWS * _ROWS
+    firsts = starts // ROW_ALIGN * ROW_ALIGN
     counts = jnp.where(ends > starts, (ends - firsts + block - 1) // block, 0)
     tiles = jnp.sum(jnp.where(before, counts[None], 0), axis=1, dtype=jnp.int32)[None]
-    most = (rows + (_ROWS - 1) * (groups + 1)) // block + groups + 1
+    most = (rows + (ROW_ALIGN - 1) * (groups + 1)) // block + groups + 1
     place = jnp.arange(most, dtype=jnp.int32)[:, None] - tiles  # of a tile in each group [T, E + 1]
     row = firsts[None] + place * block
 
@@ -367,7 +367,7 @@ def _rows_kernel(
 
         def copy(tile: _Tile, left: Ref, right: Sequence[Ref], k: Scalar, stage: Scalar) -> None:
             terms, window = pl.ds(k * _LANES, _LANES), pl.ds(tile.column, width)
-            row = pl.multiple_of(tile.source, _ROWS)
+            row = pl.multiple_of(tile.source, ROW_ALIGN)
 
             def copy_left(count: int) -> None:
                 plgpu.copy_gmem_to_smem(
@@ -398,7 +398,7 @@ def _rows_kernel(
                 def window(row: Scalar, column: int, rows: int, out: Ref = out) -> Ref:
                     first = tile.row + offset + row
                     if rows == _PIECE:
-                        first = pl.multiple_of(first, _ROWS)
+                        first = pl.multiple_of(first, ROW_ALIGN)
                     return out.at[pl.ds(first, rows), pl.ds(tile.column + column, _PIECE)]
 
                 _store(buffers, x, bounds, window)
@@ -428,7 +428,7 @@ def _matrices_kernel(
         offset = lax.axis_index("warp_group") * _PIECE  # of a worker's rows in the tile
 
         def first_row(group: Scalar) -> Scalar:
-            return lax.div(ends[group], jnp.int32(_ROWS)) * _ROWS
+            return lax.div(ends[group], jnp.int32(ROW_ALIGN)) * ROW_ALIGN
 
         def tile(i: Scalar) -> _Tile:
             group = lax.div(i, jnp.int32(down * across))
@@ -441,7 +441,7 @@ def _matrices_kernel(
             return _Tile(group, row, row, column, low, high, terms)
 
         def load(tile: _Tile, k: Scalar, stage: Scalar) -> None:
-            terms = pl.ds(pl.multiple_of(first_row(tile.group) + k * _LANES, _ROWS), _LANES)
+            terms = pl.ds(pl.multiple_of(first_row(tile.group) + k * _LANES, ROW_ALIGN), _LANES)
             plgpu.copy_gmem_to_smem(
                 lhs_ref.at[terms, pl.ds(tile.row, blocks.rows)],
                 lhs_tile.at[stage],
@@ -470,7 +470,7 @@ def _matrices_kernel(
 
         def store(tile: _Tile, sums: Sequence[jax.Array]) -> None:
             def window(row: Scalar, column: int, rows: int) -> Ref:
-                first = pl.multiple_of(tile.row + offset + row, _ROWS)
+                first = pl.multiple_of(tile.row + offset + row, ROW_ALIGN)
                 return out.at[tile.group, pl.ds(first, rows), pl.ds(tile.column + column, _PIECE)]
 
             # Never a part of a piece, as K is a multiple of its rows.
@@ -487,7 +487,7 @@ def _matrices_kernel(
 
 
 def _pad_rows(x: jax.Array) -> jax.Array:
-    missing = -x.shape[0] % _ROWS
+    missing = -x.shape[0] % ROW_ALIGN
     return jnp.pad(x, ((0, missing), (0, 0))) if missing else x
 
 

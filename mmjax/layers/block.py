@@ -14,6 +14,7 @@ from mmjax.layers.attention import SoftmaxAttention
 from mmjax.layers.lightning import LightningAttention
 from mmjax.layers.moe import MoE, RouterStats
 from mmjax.layers.norm import RMSNorm
+from mmjax.sharding import active_mesh
 
 type Cache = HybridCache | PagedCache
 
@@ -66,13 +67,22 @@ class Block(nnx.Module):
         self, h: jax.Array, cache: Cache | None, index: LayerIndex, ctx: Context
     ) -> tuple[jax.Array, Cache | None, RouterStats]:
         """Runs the layer on h [B, T, D], updating its own part of the cache."""
-        x = self.attention_norm(h)
+        paged = isinstance(cache, PagedCache)
+        step = paged and h.shape[1] == 1 and active_mesh() is None
+        x = self.attention_norm.of_step(h) if step else self.attention_norm(h)
         attended, cache = self._attend(x, cache, index, ctx)
-        alpha, beta = self.attention_scales
-        h = alpha * (x if self.postnorm else h) + beta * attended
-        y = self.moe_norm(h)
-        skip = isinstance(cache, PagedCache)
-        mixed, stats = self.moe(y, ctx.real, training=cache is None, skip=skip)
+        residual = x if self.postnorm else h
+        if step and self.moe.why_not_routed_with_norm(h) is None:
+            routed = self.moe.add_norm_route(
+                residual, attended, self.moe_norm, self.attention_scales, ctx.real
+            )
+            h, y = (rows[: h.shape[0], None] for rows in (routed.total, routed.normed))
+            mixed, stats = self.moe.visit(routed, ctx.real)
+        else:
+            alpha, beta = self.attention_scales
+            h = alpha * residual + beta * attended
+            y = self.moe_norm(h)
+            mixed, stats = self.moe(y, ctx.real, training=cache is None, skip=paged)
         alpha, beta = self.moe_scales
         return alpha * (y if self.postnorm else h) + beta * mixed, cache, stats
 

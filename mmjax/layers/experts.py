@@ -34,7 +34,7 @@ def apply_experts(
     """Σ_k share_k · expert_k(token); a visit to expert E adds nothing.
 
     Args:
-      tokens: [N, D].
+      tokens: [N, D], or more rows, of which the first N count.
       share: [N, k].
       expert: [N, k] int32, 0 to E.
       kernels: In any dtype; the products are in that of the tokens.
@@ -44,12 +44,16 @@ def apply_experts(
     """
     experts, visits = kernels.w1.shape[0], expert.size
     block = _block_size(tokens, visits, kernels)
+    # XLA reads bytes in its products; the kernels would have them written out before.
+    reads_bytes = isinstance(kernels.w1, Int8Matrices)
+    few = block == 1 and share.shape[0] <= LISTED_ROWS
+    if few and not reads_bytes:
+        return _visited_experts(tokens, share, expert, kernels)
+    tokens = tokens[: share.shape[0]]
+    if few:
+        return _every_expert(tokens, share, expert, kernels)
     if block > 1 and tokens.shape[0] * experts <= _row_count(visits, experts, block):
         return _every_expert(tokens, share, expert, kernels)
-    if block == 1 and tokens.shape[0] <= LISTED_ROWS:
-        # XLA reads bytes in its products; the kernels would have them written out before.
-        form = _every_expert if isinstance(kernels.w1, Int8Matrices) else _visited_experts
-        return form(tokens, share, expert, kernels)
     if dispatch.target(tokens).platform == "gpu" and block == 1:
         return _weighted_visits(tokens, share, expert, kernels)
     out = visit_experts(tokens, expert, kernels)  # [N, k, D]
@@ -127,7 +131,7 @@ def _visited_experts(
     """
     weight, turns = _turns(share, expert, kernels.w1.shape[0])
     w1, w3, w2 = (w.astype(tokens.dtype) for w in kernels)
-    out = listed_ffn(tokens, w1, w3, w2, turns)
+    out = listed_ffn(tokens, w1, w3, w2, turns)[:, : share.shape[0]]
     return (weight[:, :, None] * out.astype(jnp.float32)).sum(0).astype(tokens.dtype)
 
 

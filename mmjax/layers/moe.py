@@ -7,13 +7,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32
 
-from kernels_pallas import dispatch
+from kernels_pallas import add_norm_route, dispatch
+from kernels_pallas.grouped_matmul import LISTED_ALIGN, LISTED_ROWS
 from kernels_pallas.numerics import einsum32
+from kernels_pallas.row_norm import Routed, why_not_fused
 from mmjax.config import ModelConfig
 from mmjax.layers import weights
 from mmjax.layers.experts import Weights, apply_experts
 from mmjax.layers.int8 import Int8Matrices, to_int8
-from mmjax.layers.router import RouterStats, expert_capacity, route
+from mmjax.layers.norm import RMSNorm
+from mmjax.layers.router import RouterStats, expert_capacity, route, statistics
 from mmjax.parallel.experts import FSDP_AXES, apply_sharded_experts
 from mmjax.sharding import active_mesh
 
@@ -96,6 +99,47 @@ class MoE(nnx.Module):
         if self.shared is not None:
             out = self.shared(x, out)
         return out, stats
+
+    def why_not_routed_with_norm(self, x: Float[Array, "B 1 D"]) -> str | None:
+        """Why no kernel routes a decode step's rows together with their norm; None where one does.
+
+        On one device only.
+        """
+        return why_not_fused(x[:, 0], self.router[...])
+
+    def add_norm_route(
+        self,
+        x: Float[Array, "B 1 D"],
+        out: Float[Array, "B 1 D"],
+        norm: RMSNorm,
+        scales: tuple[float, float],
+        real: Bool[Array, "B 1"] | None,
+    ) -> Routed:
+        """Where the rows norm(α x + β out) of a decode step go, idle ones to no expert."""
+        real = jnp.ones(x.shape[:2], bool) if real is None else real
+        return add_norm_route(
+            x[:, 0],
+            out[:, 0],
+            norm.scale[...],
+            self.router[...],
+            real[:, 0],
+            scales=scales,
+            eps=norm.eps,
+            top_k=self.top_k,
+            row_align=LISTED_ALIGN if x.shape[0] <= LISTED_ROWS else 1,
+        )
+
+    def visit(
+        self, routed: Routed, real: Bool[Array, "B 1"] | None
+    ) -> tuple[Float[Array, "B 1 D"], RouterStats]:
+        """`__call__` on the normed rows of a decode step that are already routed."""
+        rows = routed.total.shape[0]
+        mask = jnp.ones(rows, bool) if real is None else real[:, 0]
+        out = apply_experts(routed.normed, routed.share, routed.expert, self._kernels())[:, None]
+        if self.shared is not None:
+            out = self.shared(routed.normed[:rows, None], out)
+        stats = statistics(routed.logits, jax.nn.softmax(routed.logits), routed.expert, mask)
+        return out, stats._replace(logits=routed.logits[:, None])
 
     def _kernels(self) -> Weights:
         matrices = [getattr(self, name)[...] for name in Weights._fields]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from kernels_pallas import row_norm
 from mmjax.layers import weights
 
 
@@ -37,3 +38,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Norms the last axis."""
         return rms_norm(x, self.scale[...], self.eps)
+
+    def of_step(self, x: Float[Array, "B 1 D"]) -> Float[Array, "B 1 D"]:
+        """Norms the rows of a decode step on one device, without a gradient."""
+        return row_norm(x[:, 0], self.scale[...], self.eps)[:, None]

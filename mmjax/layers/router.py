@@ -71,7 +71,7 @@ def route(
     probability = jax.nn.softmax(logits, axis=-1)
     top, expert = _top_k(probability, top_k)
     share = (top / top.sum(-1, keepdims=True)).astype(x.dtype)
-    stats = _statistics(logits, probability, expert, mask)
+    stats = statistics(logits, probability, expert, mask)
     if capacity:
         choice = expert.reshape(*real.shape, top_k)
         place = _place_in_expert(choice, real, logits.shape[-1], batch_axes, sequence_axes)
@@ -104,9 +104,10 @@ def _top_k(probability: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
     return jnp.where(chosen, probability[:, None], 0).sum(-1), expert
 
 
-def _statistics(
+def statistics(
     logits: jax.Array, probability: jax.Array, expert: jax.Array, real: jax.Array
 ) -> RouterStats:
+    """The statistics over real [N] of tokens with logits [N, E], that visit experts [N, k]."""
     mask = real.astype(jnp.float32)[:, None]
     visits = jax.nn.one_hot(expert, logits.shape[-1], dtype=jnp.float32).sum(1)  # [N, E]
     entropy = -jnp.sum(probability * jax.nn.log_softmax(logits, axis=-1), axis=-1)

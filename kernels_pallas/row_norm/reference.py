@@ -1,0 +1,56 @@
+"""What the kernels compute, step by step in XLA."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Routed(NamedTuple):
+    """Rows [N, D] after a residual sum, its norm, and where their tokens go.
+
+    total [N, D]: the sum; normed [N', D]: its norm, filled up with rows of zeros; logits [N, E]
+    float32: the router's; share [N, k]: of each chosen expert, summing to 1 over k; expert [N, k]
+    int32, E for idle rows.
+    """
+
+    total: jax.Array
+    normed: jax.Array
+    logits: jax.Array
+    share: jax.Array
+    expert: jax.Array
+
+
+def row_norm_reference(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """`row_norm`. Shapes as in the public function."""
+    x32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+    x32 = jnp.where(mean_square > 0, x32, 0)
+    normed = (x32 * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype)
+    return normed * scale.astype(x.dtype)[None]
+
+
+def add_norm_route_reference(
+    x: jax.Array,
+    out: jax.Array,
+    scale: jax.Array,
+    router: jax.Array,
+    real: jax.Array,
+    *,
+    scales: tuple[float, float],
+    eps: float,
+    top_k: int,
+    row_align: int,
+) -> Routed:
+    """`add_norm_route`. Shapes as in the public function."""
+    alpha, beta = scales
+    total = alpha * x + beta * out
+    normed = row_norm_reference(total, scale, eps)
+    logits = (normed[:, :, None].astype(jnp.float32) * router[None]).sum(1)
+    top, expert = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), top_k)
+    share = (top / top.sum(-1, keepdims=True)).astype(x.dtype)
+    expert = jnp.where(real[:, None], expert.astype(jnp.int32), router.shape[1])
+    normed = jnp.pad(normed, ((0, -x.shape[0] % row_align), (0, 0)))
+    return Routed(total, normed, logits, share, expert)
