@@ -87,7 +87,11 @@ def add_norm_route_mosaic_gpu(
         pl.when(row < rows)(lambda: _in_scratch(row, *refs))
         if padded > rows:
             normed_ref = refs[6]
-            zeros = jnp.zeros(normed_ref.shape[1:], x.dtype)
+            # In the layout of what is loaded: JAX 0.11 cannot store an odd number of float32 lines
+            # of one value in any other.
+            zeros = plgpu.layout_cast(
+                jnp.zeros(normed_ref.shape[1:], x.dtype), _layout(normed_ref.shape[1])
+            )
             pl.when(row >= rows)(lambda: normed_ref.at[row].set(zeros))
 
     def _in_scratch(row: jax.Array, *refs: Ref) -> None:
@@ -158,11 +162,14 @@ def _in_lines(x: jax.Array) -> jax.Array:
 
 
 def _load(ref: Ref) -> jax.Array:
-    """A row [D / 128, 128], as many neighbours of it in a thread as 16 bytes of float32 hold."""
-    lines = ref.shape[0]
+    """A row [D / 128, 128]."""
+    return plgpu.load(ref, layout=_layout(ref.shape[0]))
+
+
+def _layout(lines: int) -> Any:
+    """Of a row, as many neighbours of it in a thread as 16 bytes of float32 hold."""
     neighbours = next(n for n in (4, 2, 1) if lines % n == 0)
-    layout = plgpu.Layout.WG_STRIDED((lines, _LANES), vec_size=neighbours)
-    return plgpu.load(ref, layout=layout)
+    return plgpu.Layout.WG_STRIDED((lines, _LANES), vec_size=neighbours)
 
 
 def _weighted_sum(x: jax.Array, out: jax.Array, scales: tuple[float, float]) -> jax.Array:

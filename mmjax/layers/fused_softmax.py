@@ -17,8 +17,8 @@ from mmjax.layers.softmax import DENSE_SCORES, softmax_attention
 
 # The largest head of cuDNN's backward on every GPU that has the kernels.
 _MAX_HEAD = 128
-# The largest mask of documents, in bytes as cuDNN reads it: 32 rows of 8K tokens, 2 of 32K.
-_MOST_MASK = 1 << 32
+# The largest mask of documents, in bytes as cuDNN reads it: 8 rows of 8K tokens, 2 of 16K.
+_MOST_MASK = 1 << 30
 # What a policy of `jax.checkpoint` may keep, so that a backward does not attend again.
 PRIMITIVE = "dot_product_attention_fwd"
 
