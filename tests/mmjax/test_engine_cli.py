@@ -14,7 +14,8 @@ import mmjax
 from mmjax import SamplingParams, cli
 from mmjax.chat import render_chat
 from mmjax.engine.cli import load_to_serve
-from tests.mmjax.engines import byte_tokenizer, small_engine, small_model
+from tests.mmjax.engines import ONE_LAYER, byte_tokenizer, small_engine, small_model
+from tests.mmjax.programs import random_model, small_config
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +83,14 @@ def compilations():
     compilation_cache.reset_cache()
 
 
-def test_a_second_start_compiles_nothing(folder, tmp_path, compilations, capsys):
-    argv = ["generate", folder, "--raw", "--prompt", "hello", "--max-tokens", "2"]
+def test_a_second_start_compiles_nothing(tmp_path, compilations, capsys):
+    folder = tmp_path / "one layer"
+    mmjax.save(random_model(small_config(**ONE_LAYER)), folder)
+    byte_tokenizer().save(folder)
+    argv = ["generate", str(folder), "--raw", "--prompt", "hello", "--max-tokens", "2"]
     argv += ["--compilation-cache", str(tmp_path / "new" / "compiled")]
     for hits, misses in ((False, True), (True, False)):
         compilations.clear()
-        jax.clear_caches()
         assert cli.main(argv) == 0
         told = (compilations["cache_hits"] > 0, compilations["cache_misses"] > 0)
         assert told == (hits, misses), compilations
