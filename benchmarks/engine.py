@@ -34,37 +34,23 @@ from flax import nnx
 from mmjax import Decoder, Engine, ModelConfig, SamplingParams
 from mmjax.config import LIGHTNING, SOFTMAX
 
+_SHARED = {
+    "vocab_size": 65536,
+    "num_heads": 32,
+    "num_kv_heads": 4,
+    "head_dim": 128,
+    "num_experts": 8,
+    "rotary_dim": 64,
+    "rope_theta": 1e7,
+    "dtype": "bfloat16",
+    "param_dtype": "bfloat16",
+}
 MODELS = {
     "tiny": ModelConfig.tiny(),
     # 3.0B parameters, 1.2B of them used by a token: one super-block of half the released width.
-    "3b": ModelConfig.tiny(
-        vocab_size=65536,
-        hidden_size=3072,
-        intermediate_size=3584,
-        num_heads=32,
-        num_kv_heads=4,
-        head_dim=128,
-        num_experts=8,
-        rotary_dim=64,
-        rope_theta=1e7,
-        dtype="bfloat16",
-        param_dtype="bfloat16",
-    ),
+    "3b": ModelConfig.tiny(hidden_size=3072, intermediate_size=3584, **_SHARED),
     # 3.3B, 1.4B: two super-blocks of a third of it.
-    "3b-deep": ModelConfig.tiny(
-        vocab_size=65536,
-        hidden_size=2048,
-        intermediate_size=3072,
-        num_layers=16,
-        num_heads=32,
-        num_kv_heads=4,
-        head_dim=128,
-        num_experts=8,
-        rotary_dim=64,
-        rope_theta=1e7,
-        dtype="bfloat16",
-        param_dtype="bfloat16",
-    ),
+    "3b-deep": ModelConfig.tiny(hidden_size=2048, intermediate_size=3072, num_layers=16, **_SHARED),
 }
 _PEER = """
 import json, statistics, time, torch

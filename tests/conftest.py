@@ -1,5 +1,6 @@
 """Strict JAX, eight CPU devices, and array annotations that are checked at every call."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -21,6 +22,8 @@ def pytest_configure(config):
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     _compile_once(config)
+    # Python looks for cycles after every 700 new objects, of which tracing makes thousands.
+    gc.set_threshold(50_000, 20, 20)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     # Flax annotates nnx.State with typing.Hashable, which beartype calls deprecated.

@@ -265,8 +265,8 @@ class Job:
         if jax.process_count() > 1:
             if distributed.is_primary():
                 print(
-                    f"several processes do not export; afterwards: mmjax convert {self.workdir} "
-                    f"{self.workdir / name} --to {layout}"
+                    "several processes do not export; afterwards run the same command in one "
+                    f"process, a mesh of its devices and --config.checkpoint.export={layout}"
                 )
             return None
         folder, unfinished = self.workdir / name, self.workdir / f"{name}.unfinished"

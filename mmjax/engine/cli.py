@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
 from mmjax.chat import THINK_END, render_chat, split_thinking
+from mmjax.config import ConfigError
 from mmjax.convert import load
 from mmjax.engine.engine import Engine, Prompt
 from mmjax.engine.images import ImagePrompt
@@ -47,12 +53,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_placement(parser: argparse.ArgumentParser) -> None:
-    """Flags that `load_to_serve` reads beside `path`."""
+    """Flags that `load_to_serve` and `keep_compiled` read beside `path`."""
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="override the weights'")
     parser.add_argument(
         "--int8-experts", action="store_true", help="keep the experts in int8: half the memory"
     )
     parser.add_argument("--mesh", help="expert=4,model=2: over which axes the devices lie (one)")
+    parser.add_argument(
+        "--compilation-cache",
+        type=Path,
+        metavar="DIR",
+        help="a folder that keeps compiled programs, so that the next start compiles none of them",
+    )
+
+
+def keep_compiled(folder: Path | None) -> None:
+    """Lets JAX keep every program that it compiles in a folder; None changes nothing.
+
+    Raises:
+      ConfigError: a folder that cannot be written; JAX itself would go on without it.
+    """
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"--compilation-cache {folder} cannot be written: {error}; name another folder"
+        ) from None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # By default what compiles within a second would be compiled anew at every start.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()  # JAX looks at the folder once, and may have done so before.
 
 
 def load_to_serve(args: argparse.Namespace) -> Decoder:
@@ -74,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
       RequestError: no prompt, one that is too long, or a sampling parameter out of its range.
     """
+    keep_compiled(args.compilation_cache)
     texts = _prompts(args)
     images = _images(args, texts)
     params = _params(args)

@@ -24,8 +24,8 @@ class Chip:
     Attributes:
       name: As `--topology` knows it.
       flops: Peak dense bf16.
-      exact_flops: Peak of products in true float32 (the router and the LM head): six bf16 passes
-        on a TPU, the vector units on a GPU.
+      exact_flops: Peak of products in true float32 (the router; a float32 model's LM head): six
+        bf16 passes on a TPU, the vector units on a GPU.
       hbm: Bytes that a program may use.
       hbm_rate: Of the HBM.
       link: One direction of one ICI link, or of all NVLinks of a GPU together.

@@ -267,7 +267,7 @@ def _summary(chosen: Estimate) -> list[str]:
     return [
         f"model FLOPs {chosen.flops_model:.4g}, spent {spent:.4g} "
         f"({spent / chosen.flops_model:.2f}×, recomputing and whole blocks included)",
-        f"float32 router and LM head: {share:.0%} of the compute time",
+        f"products in float32: {share:.0%} of the compute time",
         f"step between {_time(chosen.bound)} (all overlaps) and {_time(chosen.serial)} (nothing "
         f"does); {chosen.binds} binds; MFU ≤ {chosen.mfu:.1%}; "
         f"≤ {chosen.tokens_per_second:,.0f} tokens/s",

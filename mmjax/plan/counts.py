@@ -157,7 +157,7 @@ def _product(
     """`layers` products; `copies` weight matrices are read for the rows of one."""
     flops = layers * 2 * rows * inner * cols
     item, weight = itemsize(cfg.dtype), 4 if name == "router" else itemsize(cfg.param_dtype)
-    out = 4 if exact else item
+    out = 4 if name in ("router", "head") else item
     moved = layers * (rows * inner * item + rows * cols * out + copies * inner * cols * weight)
     return Work(name, flops, flops, 2 * flops, moved, 2 * moved, exact)
 
@@ -247,15 +247,17 @@ def _experts(job: Job, mesh: MeshSizes, rows: Number) -> list[Work]:
 
 
 def _head(job: Job, mesh: MeshSizes, rows: Number) -> Work:
-    """The LM head in float32: every token in training, the last of each row in serving.
+    """The LM head: every token in training, the last of each row in serving.
 
-    A train step computes the logits in chunks, and again for the backward.
+    Logits are float32; bfloat16 operands are multiplied as such, whose products are exact. A train
+    step computes the logits in chunks, and again for the backward.
     """
     cfg = job.model
     if job.kind == "prefill":
         rows /= job.length / mesh["context"]
     cols = cfg.vocab_size / mesh["model"]
-    work = _product(cfg, "head", 1, rows, cfg.hidden_size, cols, exact=True)
+    exact = {cfg.dtype, cfg.param_dtype} != {"bfloat16"}
+    work = _product(cfg, "head", 1, rows, cfg.hidden_size, cols, exact=exact)
     return work._replace(passes=2 if job.kind == "train" else 1)
 
 

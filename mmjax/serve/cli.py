@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mmjax.config import ConfigError
 from mmjax.engine import Engine
-from mmjax.engine.cli import add_placement, load_to_serve
+from mmjax.engine.cli import add_placement, keep_compiled, load_to_serve
 from mmjax.model import Decoder
 from mmjax.serve.app import ServeConfig, create_app
 from mmjax.serve.images import ImageSource
@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     """
     logging.basicConfig(format="%(levelname)s: %(name)s: %(message)s")
     key = _api_key(args)
+    keep_compiled(args.compilation_cache)
     bound = _bind(args.host, args.port)  # A port that is taken should not cost a model's loading.
     with bound:
         if key is None and not _is_loopback(bound):

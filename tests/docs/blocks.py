@@ -171,7 +171,7 @@ def _flags(words):
 
 
 def _exists(path):
-    placeholder = re.search(r"\b(NAME|FILE|DIR|KEY)\b|…", path) or path == "configs/mine.py"
+    placeholder = re.search(r"\b(NAME|FILE|DIR|KEY)\b|…", path) or path == "mine.py"
     return bool(placeholder) or (ROOT / path).exists()
 
 

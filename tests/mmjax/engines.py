@@ -11,7 +11,10 @@ from mmjax import Engine
 from mmjax.tokenizer import BOS, EOS, Tokenizer
 from tests.mmjax.programs import random_model, small_config
 
-CFG = small_config(hidden_size=32, intermediate_size=32, vocab_size=258)
+SMALL = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 258}
+CFG = small_config(**SMALL)
+# For engines that are compiled for one test.
+ONE_LAYER = SMALL | {"num_layers": 1, "layer_types": ("softmax",)}
 # Four samples of up to 128 tokens would need 64 pages: there are 16.
 SIZES = {
     "max_slots": 4,

@@ -2,8 +2,11 @@
 
 import argparse
 import io
+from collections import Counter
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -11,7 +14,8 @@ import mmjax
 from mmjax import SamplingParams, cli
 from mmjax.chat import render_chat
 from mmjax.engine.cli import load_to_serve
-from tests.mmjax.engines import byte_tokenizer, small_engine, small_model
+from tests.mmjax.engines import ONE_LAYER, byte_tokenizer, small_engine, small_model
+from tests.mmjax.programs import random_model, small_config
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +68,36 @@ def test_int8_experts_are_asked_for(folder, monkeypatch):
     assert asked["int8_experts"]
 
 
+@pytest.fixture
+def compilations():
+    """Counts programs that JAX compiles and those that it finds compiled; puts its folder back."""
+    found = Counter()
+    listen = lambda event, **_: found.update([event.removeprefix("/jax/compilation_cache/")])  # noqa: E731
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.monitoring.register_event_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_listener(listen)
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_a_second_start_compiles_nothing(tmp_path, compilations, capsys):
+    folder = tmp_path / "one layer"
+    mmjax.save(random_model(small_config(**ONE_LAYER)), folder)
+    byte_tokenizer().save(folder)
+    argv = ["generate", str(folder), "--raw", "--prompt", "hello", "--max-tokens", "2"]
+    argv += ["--compilation-cache", str(tmp_path / "new" / "compiled")]
+    for hits, misses in ((False, True), (True, False)):
+        compilations.clear()
+        assert cli.main(argv) == 0
+        told = (compilations["cache_hits"] > 0, compilations["cache_misses"] > 0)
+        assert told == (hits, misses), compilations
+    first, second = capsys.readouterr().out.split("--- hello\n")[1:]
+    assert first == second
+
+
 def test_a_file_of_prompts(generate, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\ntwo and more\n")
@@ -103,6 +137,10 @@ def test_a_mesh_takes_the_weights_as_they_are_served(folder):
         (["--prompts-file", "/nowhere"], "No such file"),
         (["--prompt", "x", "--mesh", "model:2"], "'model:2' is no AXIS=SIZE; write it as data=16"),
         (["--prompt", "x", "--mesh", "model=3"], "needs 3 devices, there are 8"),
+        (
+            ["--prompt", "x", "--compilation-cache", "/dev/null/compiled"],
+            "--compilation-cache /dev/null/compiled cannot be written: [Errno 20] Not a directory",
+        ),
     ],
 )
 def test_user_errors(generate, argv, message):

@@ -31,9 +31,8 @@ def assert_near(actual, expected, bound=BOUND):
     assert error <= bound, f"off by {error:.3g} of the largest element, allowed {bound:.3g}"
 
 
-def split_loss(model, ids, segment_ids=None):
+def split_loss(out, ids):
     """(cross-entropy of the next token, load-balancing loss), as the original computes them."""
-    out = forward(model, ids, segment_ids)
     chosen = jnp.take_along_axis(jax.nn.log_softmax(out.logits[:, :-1]), ids[:, 1:, None], -1)
     return -chosen.mean(), out.aux.load_balancing_loss
 
@@ -48,7 +47,7 @@ def pytest_generate_tests(metafunc):
 @nnx.jit
 @nnx.value_and_grad
 def gradient(model, ids):
-    ce, aux = split_loss(model, ids)
+    ce, aux = split_loss(forward(model, ids), ids)
     return ce + model.cfg.router_aux_loss_coef * aux
 
 
@@ -94,18 +93,20 @@ class Suite:
         assert runs == {*self.runs, *self.decodes, *self.paddings}
 
     def test_full_forward(self, model, golden_run, run):
-        logits = forward(model, golden_run[f"{run}.input_ids"]).logits
+        ids = jnp.asarray(golden_run[f"{run}.input_ids"])
+        out = forward(model, ids)
+        logits = out.logits
         if f"{run}.positions" in golden_run:
             logits = logits[:, golden_run[f"{run}.positions"]]
         assert logits.dtype == jnp.float32
         assert_near(logits, golden_run[f"{run}.logits"])
-        ce, aux = split_loss(model, jnp.asarray(golden_run[f"{run}.input_ids"]))
+        ce, aux = split_loss(out, ids)
         total = ce + model.cfg.router_aux_loss_coef * aux
         for value, field in ((ce, "ce_loss"), (aux, "aux_loss"), (total, "loss")):
             np.testing.assert_allclose(value, golden_run[f"{run}.{field}"], rtol=1e-6)
 
     def test_layer_by_layer(self, model, golden_run):
-        seen = forward(model, golden_run["short.input_ids"]).intermediates
+        seen = forward(model, jnp.asarray(golden_run["short.input_ids"])).intermediates
         expected = golden_run["short.hidden_states"]
         assert seen.hidden_states.shape == expected.shape
         for actual, layer in zip(seen.hidden_states, expected, strict=True):

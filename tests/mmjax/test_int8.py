@@ -10,7 +10,8 @@ from mmjax import Engine, SamplingParams
 from mmjax.layers import experts
 from mmjax.layers.int8 import Int8Matrices, to_int8
 from mmjax.layers.moe import MoE
-from tests.mmjax.engines import SIZES, prompt, small_model
+from tests.mmjax.engines import ONE_LAYER, SIZES, prompt
+from tests.mmjax.programs import random_model, small_config
 from tests.mmjax.test_engine_mesh import assert_alike, on_mesh
 from tests.mmjax.test_experts import layer
 
@@ -47,7 +48,7 @@ def test_a_layer_is_off_by_little():
 
 
 def test_engine_with_int8_experts():
-    model = small_model()
+    model = random_model(small_config(**ONE_LAYER))
     rounded = model.with_int8_experts()
     kinds = {type(m.scales) for _, m in nnx.iter_graph(rounded) if isinstance(m, MoE)}
     assert kinds == {nnx.Dict}

@@ -1,6 +1,7 @@
 """The plan: its counts beside the compiler's and the papers', its train step beside train's, its
 messages."""
 
+import dataclasses
 import json
 import math
 from functools import partial
@@ -100,6 +101,15 @@ def test_parameters_and_flops_are_the_papers():
     work = counts.device_work(Job("train", M1, 1, 2 * k), ONE, CHIPS["v5p"])
     (core,) = [w for w in work if w.name == "lightning core"]
     assert core.forward == pytest.approx(12 * k * k * M1.num_heads * 70 * 2 * k)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_head_multiplies_in_the_dtype_of_its_operands(dtype):
+    """As `mmjax.layers.embed.product_dtype` has it; the router is in float32 in any model."""
+    model = dataclasses.replace(M1, param_dtype=dtype)
+    work = counts.device_work(Job("train", model, 512, 8192), ONE, CHIPS["v5p"])
+    exact = {w.name for w in work if w.exact}
+    assert exact == ({"router"} if dtype == "bfloat16" else {"router", "head"})
 
 
 @pytest.mark.parametrize(("remat", "passes"), [("none", 1), ("layer", 2), ("super_block", 3)])

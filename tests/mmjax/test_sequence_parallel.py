@@ -383,14 +383,15 @@ def assert_same_tensors(actual, expected, what):
         assert error < 1e-5, f"{what} of {name} is off by {error:.3g}"
 
 
-# Each axis at sizes 2, 4 and 8.
-SHAPES = [{axis: 8} for axis in ("context", "expert", "model")]
-SHAPES += [
+# Each axis at sizes 2 and 4; alone at size 8 with the slow tests.
+SHAPES = [
     {"data": 4, "context": 2},
     {"context": 4, "model": 2},
     {"data": 2, "expert": 4},
     {"expert": 2, "model": 4},
 ]
+ALONE = [{axis: 8} for axis in ("context", "expert", "model")]
+SHAPES += [pytest.param(shape, marks=pytest.mark.slow) for shape in ALONE]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: ",".join(f"{a}={n}" for a, n in s.items()))

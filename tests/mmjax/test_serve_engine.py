@@ -338,6 +338,7 @@ def test_wrong_flags(folder, tmp_path, capsys, monkeypatch):
         (["--api-key-file", str(tmp_path / "key")], "key must be printable ASCII, and not empty"),
         (["--api-key-file", str(tmp_path / "none")], "No such file"),
         (["--port=0", "--max-slots=0"], "max_slots"),
+        (["--compilation-cache=/dev/null/a"], "--compilation-cache /dev/null/a cannot be written"),
     ):
         assert cli.main(["serve", str(folder), *flags]) == 2
         assert told in capsys.readouterr().err
