@@ -2,7 +2,9 @@
 
 Key j is visible to query i where j <= index_i and both are real tokens of one segment; a query
 that sees no key gets zeros. The blocked form never holds more than one block of scores and skips
-the blocks above the diagonal, forward and backward; its backward recomputes the scores.
+the blocks above the diagonal, forward and backward; its backward recomputes the scores. On
+CPUs, where passes over the scores are what takes time, inference in float32 does without a running
+maximum where the lengths of queries and keys bound the scores.
 
 R = H / G query heads share a key head: queries [B, G, R, T, K], keys [B, G, S, K].
 """
@@ -32,6 +34,9 @@ from kernels_pallas.numerics import (
 # Up to this many scores a head and row the dense form is faster and its memory harmless.
 DENSE_SCORES = 1 << 19
 BLOCK = 512
+# Powers 2^x, |x| <= REACH, are summed as they are: a million keys with values up to 10^12 stay
+# below float32's largest number, and the least weight is far above its smallest.
+REACH = 64
 
 
 class Visibility(NamedTuple):
@@ -105,7 +110,10 @@ def _dense(q: jax.Array, k: jax.Array, v: jax.Array, sees: Visibility, scale: fl
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, sees: Visibility, scale: float) -> jax.Array:
-    return _blocked_forward(q, k, v, sees, scale)[0]
+    # What is to be differentiated keeps its running maximum: relative to it, the weights that the
+    # backward recomputes are the forward's.
+    attend = _direct_on_cpu if q.dtype == v.dtype == jnp.float32 else _running
+    return _sweep(q, k, v, sees, scale, attend)[0]
 
 
 type _Residuals = tuple[jax.Array, jax.Array, jax.Array, Visibility, jax.Array, jax.Array]
@@ -114,24 +122,97 @@ type _Residuals = tuple[jax.Array, jax.Array, jax.Array, Visibility, jax.Array, 
 def _blocked_forward(
     q: jax.Array, k: jax.Array, v: jax.Array, sees: Visibility, scale: float
 ) -> tuple[jax.Array, _Residuals]:
-    """Online softmax over key blocks; keeps the log-sum-exp [N, P, Q] for the backward."""
+    out, lse = _sweep(q, k, v, sees, scale, _running)
+    out, lse = product(out), product(lse)
+    return out, (q, k, v, sees, out, lse)
+
+
+def _sweep(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sees: Visibility,
+    scale: float,
+    attend: Callable[[_KeyBlocks, jax.Array, Visibility, float], OnlineSoftmax],
+) -> tuple[jax.Array, jax.Array]:
+    """Output [B, G, R, T, K] and log-sum-exp [N, P, Q], a block of queries after the other."""
     keys = _KeyBlocks(k, v, sees, q.shape[2])
 
     def block(_: None, x: tuple[jax.Array, Visibility]) -> tuple[None, tuple[jax.Array, ...]]:
-        q_i, sees_i = x
-
-        def step(j: jax.Array, carry: OnlineSoftmax, masked: bool) -> OnlineSoftmax:
-            k_j, v_j, mask = keys.read(j, sees_i, masked)
-            weigh = partial(einsum32, "pqs,psk->pqk", b=v_j, dtype=v.dtype)
-            return extend_softmax(carry, _scores(q_i, k_j, scale), mask, weigh)
-
-        top, total, acc = keys.loop(sees_i, step, begin_softmax(q_i.shape))
+        top, total, acc = attend(keys, *x, scale)
         total = jnp.where(total > 0, total, 1)
         return None, (acc / total[..., None], top + jnp.log(total))
 
     _, (out, lse) = jax.lax.scan(block, None, (_split_queries(q), _split_visibility(sees)))
-    out, lse = product(_join_queries(out, q.shape)), product(lse)
-    return out, (q, k, v, sees, out, lse)
+    return _join_queries(out, q.shape), lse
+
+
+def _running(keys: _KeyBlocks, q: jax.Array, sees: Visibility, scale: float) -> OnlineSoftmax:
+    """Online softmax of a block of queries [P, Q, K], whatever their scores."""
+
+    def step(j: jax.Array, carry: OnlineSoftmax, masked: bool) -> OnlineSoftmax:
+        k_j, v_j, mask = keys.read(j, sees, masked)
+        weigh = partial(einsum32, "pqs,psk->pqk", b=v_j, dtype=v_j.dtype)
+        return extend_softmax(carry, _scores(q, k_j, scale), mask, weigh)
+
+    return keys.loop(sees, step, begin_softmax(q.shape))
+
+
+def _direct_on_cpu(keys: _KeyBlocks, q: jax.Array, sees: Visibility, scale: float) -> OnlineSoftmax:
+    """`_direct` on a CPU where the lengths of queries and keys allow it, else `_running`."""
+    running, direct = (partial(form, keys, q, sees, scale) for form in (_running, _direct))
+
+    def longest(x: jax.Array) -> jax.Array:
+        return jnp.sqrt(jnp.max(jnp.sum(jnp.square(x), -1)))
+
+    def either() -> OnlineSoftmax:
+        reach = longest(q) * longest(keys.k) * (scale * math.log2(math.e))
+        return jax.lax.cond(reach <= REACH, direct, running)
+
+    return jax.lax.platform_dependent(cpu=either, default=running)
+
+
+def _direct(keys: _KeyBlocks, q: jax.Array, sees: Visibility, scale: float) -> OnlineSoftmax:
+    """The same relative to a score of 0, for |q| |k| within REACH, hence the scores too."""
+    powers = q * (scale * math.log2(math.e))
+
+    def step(j: jax.Array, carry: OnlineSoftmax, masked: bool) -> OnlineSoftmax:
+        top, total, acc = carry
+        k_j, v_j, mask = keys.read(j, sees, masked)
+        weights = _exp2(_scores(powers, k_j, 1.0))
+        if mask is not None:
+            weights = jnp.where(mask, weights, 0)
+        acc += einsum32("pqs,psk->pqk", weights, v_j, v_j.dtype)
+        return top, total + weights.sum(-1), acc
+
+    top, total, acc = begin_softmax(q.shape)
+    return keys.loop(sees, step, (jnp.zeros_like(top), total, acc))
+
+
+# 2^f for |f| <= 1/2, to 2e-8 of it: the coefficients of Cephes' exp2f, highest power first.
+_POLYNOMIAL = (
+    1.535336188319500e-4,
+    1.339887440266574e-3,
+    9.618437357674640e-3,
+    5.550332471162809e-2,
+    2.402264791363012e-1,
+    6.931472028550421e-1,
+    1.0,
+)
+# Added to a small float32, rounds it to the integer that then fills its lowest bits.
+_ROUND = 1.5 * 2**23
+
+
+def _exp2(x: jax.Array) -> jax.Array:
+    """2^x, float32, |x| <= 126, to 2 ulp; XLA's own takes longer for its care about larger ones."""
+    shifted = x + _ROUND
+    fraction = x - (shifted - _ROUND)
+    power = jnp.full_like(x, _POLYNOMIAL[0])
+    for coefficient in _POLYNOMIAL[1:]:
+        power = power * fraction + coefficient
+    exponent = jax.lax.bitcast_convert_type(shifted, jnp.int32) << 23
+    bits = jax.lax.bitcast_convert_type(power, jnp.int32) + exponent
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _blocked_backward(

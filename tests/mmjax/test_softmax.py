@@ -116,6 +116,39 @@ def test_bfloat16(check):
     check(700, 700, _causal(700), dtype="bfloat16")
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_queries_sum_their_powers_directly_where_their_length_allows(packed, monkeypatch):
+    """Of three blocks of queries the second is too long for it; forward alone, as in inference."""
+    monkeypatch.setattr(softmax, "DENSE_SCORES", 0)
+    q, k, v, d_out = arrays(1100, 1100)
+    q[:, 512:1024] *= 100
+    index, segments = _causal(1100), None
+    if packed:
+        segments = np.full((2, 1100), 3, np.int32)
+        segments[0, :30], segments[0, 700:], segments[1, 1050:] = 0, 4, 0
+        index = np.where(segments != 0, index, -1).astype(np.int32)
+        segments = (jnp.asarray(segments),) * 2
+    query, key = segments or (None, None)
+    sees = {"query_segments": query, "key_segments": key}
+    exact = oracle(q, k, v, index, segments, d_out)[0]
+    out = jax.jit(softmax.softmax_attention)(q, k, v, index, **sees)
+    assert_close(out, exact, "float32", 1100 * DIM, "out")
+
+    direct = softmax._direct
+    poison = functools.partial(jax.tree.map, lambda x: x * jnp.nan)
+    monkeypatch.setattr(softmax, "_direct", lambda *a: poison(direct(*a)))
+    out = jax.jit(lambda *a: softmax.softmax_attention(*a, **sees))(q, k, v, index)
+    poisoned = np.isnan(out).any((0, 2, 3))
+    assert poisoned[::256].tolist() == [True, True, False, False, True]
+
+
+def test_powers_of_two():
+    x = np.linspace(-softmax.REACH, softmax.REACH, 100_001, dtype=np.float32)
+    exact = np.exp2(x.astype(np.float64))
+    ulp = np.spacing(exact.astype(np.float32))
+    assert np.max(np.abs(jax.jit(softmax._exp2)(x) - exact) / ulp) <= 2
+
+
 def test_both_forms_are_really_run(monkeypatch):
     """The shapes above are on both sides of the limit that chooses the form."""
     seen = []
