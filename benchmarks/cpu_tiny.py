@@ -3,10 +3,11 @@
     .venv/bin/python -m benchmarks.cpu_tiny --peer-python PYTHON
 
 PYTHON is an interpreter with torch and transformers, which are no dependencies of this project;
-without it the peer's column stays empty. Both sides run in the same call, one after the other,
-on all cores, float32, random weights of the same shapes. The peer's decode step is a 32nd of what
-33 new tokens of `generate` take more than one; its CISPO step is `generate` and one AdamW step by
-hand. Prints a Markdown table.
+without it the peer's column stays empty. If it has TRL as well, one row more is the step of its
+`GRPOTrainer` with loss_type="cispo", on the same model, prompts, samples and tokens. Both sides run
+in the same call, one after the other, on all cores, float32, random weights of the same shapes. The
+peer's decode step is a 32nd of what 33 new tokens of `generate` take more than one; its CISPO step
+is `generate` and one AdamW step by hand. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ from train.rollout import Asked, Sampler
 from train.state import init_state
 
 LENGTHS = (1024, 4096, 16384, 65536)
-_PEER = """
+# The tiny model of the peers.
+_MODEL = """
 import json, resource, statistics, time, torch
 from transformers import MiniMaxConfig, MiniMaxForCausalLM
 torch.manual_seed(0)
@@ -47,7 +49,8 @@ model = MiniMaxForCausalLM(MiniMaxConfig(
     num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_local_experts=4,
     num_experts_per_tok=2, max_position_embeddings=1 << 20,
     layer_types=["linear_attention"] * 7 + ["full_attention"])).eval()
-
+"""
+_PEER = """
 def measure(call, repeats):
     times = []
     for _ in range(repeats + 1):
@@ -90,6 +93,39 @@ with torch.no_grad():
         out[f"decode {batch}"] = (all - first) / 32
 out["cispo"] = measure(cispo, 5)
 print(json.dumps(out))
+"""
+# Prompts are words that are ids; the median step of ten after the first two.
+_TRL = """
+import tempfile, datasets, tokenizers, transformers
+from trl import GRPOConfig, GRPOTrainer
+vocab = tokenizers.models.WordLevel({str(i): i for i in range(256)}, unk_token="0")
+words = tokenizers.Tokenizer(vocab)
+words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+tokenizer = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=words, pad_token="0", eos_token="0", unk_token="0")
+prompts = [{"prompt": " ".join([str(1 + n)] * 16)} for n in range(8)]
+ends = []
+
+class Clock(transformers.TrainerCallback):
+    def on_step_end(self, *args, **kwargs):
+        ends.append(time.perf_counter())
+
+def rewards(completions, completion_ids, **kwargs):
+    assert all(len(ids) == 32 for ids in completion_ids) and len(completions) == 64
+    return [float(i % 2) for i in range(64)]
+
+with tempfile.TemporaryDirectory() as folder:
+    GRPOTrainer(
+        model, rewards, processing_class=tokenizer, callbacks=[Clock()],
+        train_dataset=datasets.Dataset.from_list(prompts),
+        args=GRPOConfig(
+            folder, loss_type="cispo", epsilon_high=5.0, beta=0.0, num_generations=8,
+            per_device_train_batch_size=64, max_completion_length=32, max_steps=12, top_k=0,
+            generation_kwargs={"min_new_tokens": 32}, learning_rate=1e-4, use_cpu=True, bf16=False,
+            gradient_checkpointing=False, save_strategy="no", report_to="none", disable_tqdm=True,
+            logging_strategy="no")).train()
+steps = [b - a for a, b in zip(ends[1:], ends[2:])]
+print(json.dumps(statistics.median(steps)))
 """
 
 
@@ -169,6 +205,12 @@ def cispo(model: Decoder) -> float:
     return measure(step, repeats=9)[1]
 
 
+def run_peer(python: str, code: str) -> Any:
+    """What the code prints last in that interpreter, as JSON."""
+    done = subprocess.run([python, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
     """Command line of this module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
@@ -177,11 +219,10 @@ def main() -> None:
     keep_freed_memory()
     peer = {}
     if args.peer_python:
-        code = f"LENGTHS = {LENGTHS}\n{_PEER}"
-        done = subprocess.run(
-            [args.peer_python, "-c", code], capture_output=True, text=True, check=True
-        )
-        peer = json.loads(done.stdout.splitlines()[-1])
+        peer = run_peer(args.peer_python, f"LENGTHS = {LENGTHS}\n{_MODEL}{_PEER}")
+        has_trl = "import importlib.util; print(int(bool(importlib.util.find_spec('trl'))))"
+        if run_peer(args.peer_python, has_trl):
+            peer["trl"] = run_peer(args.peer_python, _MODEL + _TRL)
     make = jax.jit(lambda: nnx.split(Decoder(ModelConfig.tiny(), rngs=nnx.Rngs(0), remat="none")))
     graphdef, params = make()
     model = nnx.merge(graphdef, params)
@@ -206,6 +247,8 @@ def main() -> None:
         )
         row(f"step of the engine, batch {batch}", f"{engine(model, batch) * 1e3:.2f} ms")
     row("CISPO step 8 x 8 x 32", f"{cispo(model) * 1e3:.0f} ms", key="cispo")
+    if "trl" in peer:
+        row("the same, beside TRL's GRPOTrainer", "", key="trl")
 
 
 if __name__ == "__main__":
