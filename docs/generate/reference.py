@@ -14,7 +14,7 @@ from collections.abc import Iterator
 # Modules whose `__all__` is their surface; a name is told where it first comes.
 SURFACES = (
     *("mmjax", "mmjax.engine", "mmjax.convert", "mmjax.vision", "mmjax.plan", "mmjax.serve"),
-    *("kernels_pallas", "kernels_pallas.grouped_matmul"),
+    *("kernels_pallas", "kernels_pallas.grouped_matmul", "kernels_pallas.row_norm"),
 )
 # Names that users import from modules without an `__all__`.
 ENTRY_POINTS = {

@@ -177,6 +177,7 @@ def finish(config, workdir):
     assert code == 0, said
 
 
+@pytest.mark.slow
 def test_cispo_job_by_its_command(jobs):
     """Killed ones are in test_kill.py."""
     _, workdir = jobs("cispo")
