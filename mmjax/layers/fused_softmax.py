@@ -89,8 +89,11 @@ def _fused(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None) 
     if lengths is None:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     real = jnp.arange(q.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
+    q, k, v = (_keep(x, real) for x in (q, k, v))
     out = jax.nn.dot_product_attention(
-        *(_keep(x, real) for x in (q, k, v)),
+        q,
+        k,
+        v,
         is_causal=True,
         query_seq_lengths=lengths,
         key_value_seq_lengths=lengths,
@@ -102,11 +105,9 @@ def _fused(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None) 
 def _masked(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
     real = segment_ids != 0
     same = (segment_ids[:, :, None] == segment_ids[:, None]) & real[:, None]
+    q, k, v = (_keep(x, real) for x in (q, k, v))
     out = jax.nn.dot_product_attention(
-        *(_keep(x, real) for x in (q, k, v)),
-        mask=same[:, None],
-        is_causal=True,
-        implementation="cudnn",
+        q, k, v, mask=same[:, None], is_causal=True, implementation="cudnn"
     )
     return _keep(out, real)
 
