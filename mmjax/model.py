@@ -208,6 +208,17 @@ class Decoder(nnx.Module):
                 node.round_experts()
         return model
 
+    def with_fused_projections(self) -> Decoder:
+        """The same model, to serve on one device, with one matrix for what reads a layer's input.
+
+        Of an `unstacked` one: a decode step on a Hopper GPU then runs on kernels of its own.
+        """
+        model = nnx.merge(*nnx.split(self))
+        for _, node in nnx.iter_graph(model):
+            if isinstance(node, Block):
+                node.fuse_projections()
+        return model
+
     def _layers(
         self, h: jax.Array, cache: Cache | None, ctx: Context, keep: bool
     ) -> tuple[jax.Array, Cache | None, RouterStats, jax.Array]:

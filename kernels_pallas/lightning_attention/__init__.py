@@ -1,5 +1,9 @@
 """Lightning attention: linear attention with one constant decay a head."""
 
-from kernels_pallas.lightning_attention.api import lightning_attention, lightning_attention_step
+from kernels_pallas.lightning_attention.api import (
+    gated_lightning_step,
+    lightning_attention,
+    lightning_attention_step,
+)
 
-__all__ = ["lightning_attention", "lightning_attention_step"]
+__all__ = ["gated_lightning_step", "lightning_attention", "lightning_attention_step"]

@@ -18,7 +18,10 @@ from kernels_pallas.lightning_attention import (
 )
 from kernels_pallas.lightning_attention.chunked import lightning_attention_chunked
 from kernels_pallas.lightning_attention.reference import lightning_attention_reference
-from kernels_pallas.lightning_attention.step import lightning_attention_step_xla
+from kernels_pallas.lightning_attention.step import (
+    gated_step_through,
+    lightning_attention_step_xla,
+)
 from kernels_pallas.lightning_attention.step_mosaic_tpu import lightning_attention_step_mosaic_tpu
 
 type _Attend = Callable[..., tuple[jax.Array, jax.Array]]
@@ -161,6 +164,68 @@ def lightning_attention_step(
     if slots is None and run is not lightning_attention_step_xla:
         slots = jnp.arange(rows, dtype=jnp.int32)  # The kernels take a table in any case.
     return run(q, k, v, decay, state, slots)
+
+
+def gated_lightning_step(
+    projected: Float[Array, "Q P"],
+    decay: Float32[Array, " H"],
+    scale: Float[Array, " HK"],
+    state: Float32[Array, "M N H K K"],
+    slots: Int32[Array, " B"],
+    layer: Int32[Array, ""],
+    *,
+    eps: float,
+    row_align: int = 1,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "R HK"], Float32[Array, "M N H K K"]]:
+    """What a lightning layer does with one token between its two projections.
+
+    sigmoid(gate) · RMSNorm(`lightning_attention_step`(silu(q), silu(k), silu(v))), without a
+    gradient. Donate the state, and the kernels update it in place.
+
+    Args:
+      projected: [Q, 4 H K]: q, k and v of each head side by side, head after head, then the
+        gates; rows past the first B are not read.
+      decay: s [H] float32.
+      scale: Of the norm, over all heads together [H K].
+      state: [M, N, H, K, K] float32, the states of all layers before this token.
+      slots: [B] int32, which state of the layer each row advances, no two rows the same one;
+        negative for an idle row, whose output is zero and which touches no state.
+      layer: [] int32, which of the M layers.
+      eps: Of the norm.
+      row_align: Rows of zeros fill the result up to a multiple of so many.
+      implementation: As for `lightning_attention_step`.
+
+    Returns:
+      [R, H K] in projected.dtype, and the states after this token.
+
+    Raises:
+      kernels_pallas.dispatch.UnavailableError: the named implementation cannot run.
+      ValueError: shapes that do not fit together.
+
+    Source: MiniMax-01 (arXiv 2501.08313), section 2.2, and the released modeling_minimax_m1.py.
+    """
+    heads, key_dim, value_dim = state.shape[2:]
+    _check(
+        projected.shape,
+        projected=(projected, (projected.shape[0], 4 * heads * key_dim)),
+        decay=(decay, (heads,)),
+        scale=(scale, (heads * key_dim,)),
+        state=(state, (*state.shape[:3], key_dim, key_dim)),
+    )
+    target = dispatch.target(projected, state)
+    candidates: dict[str, Candidate[_Attend]] = {
+        "mosaic_tpu": Candidate(
+            gated_step_through(lightning_attention_step_mosaic_tpu), target.why_not_tpu()
+        ),
+        "mosaic_gpu": Candidate(
+            step_mosaic_gpu.gated_lightning_step_mosaic_gpu,
+            target.why_not_hopper() or step_mosaic_gpu.why_not(key_dim, value_dim),
+        ),
+        "chunked": Candidate(gated_step_through(lightning_attention_step_xla)),
+    }
+    run = dispatch.resolve("gated_lightning_step", implementation, candidates)
+    return run(projected, decay, scale, state, slots, layer, eps=eps, row_align=row_align)
 
 
 def _check_shapes(

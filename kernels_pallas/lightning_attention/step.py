@@ -2,8 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+
+from kernels_pallas.row_norm.reference import row_norm_reference
+
+type _Step = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+def gated_step_through(step: _Step) -> _Step:
+    """`gated_lightning_step` by an implementation of `lightning_attention_step`."""
+
+    def run(
+        projected: jax.Array,
+        decay: jax.Array,
+        scale: jax.Array,
+        state: jax.Array,
+        slots: jax.Array,
+        layer: jax.Array,
+        *,
+        eps: float,
+        row_align: int,
+    ) -> tuple[jax.Array, jax.Array]:
+        rows, (heads, dim) = slots.size, state.shape[2:4]
+        qkv, gate = jnp.split(projected[:rows], [3 * heads * dim], axis=1)
+        q, k, v = jnp.moveaxis(jax.nn.silu(qkv).reshape(rows, heads, 3, dim), 2, 0)
+        pool = state.reshape(-1, *state.shape[2:])
+        entries = jnp.where(slots >= 0, layer * state.shape[1] + slots, -1)
+        out, pool = step(q, k, v, decay, pool, entries)
+        normed = row_norm_reference(out.reshape(rows, -1), scale, eps)
+        gated = jnp.pad(jax.nn.sigmoid(gate) * normed, ((0, -rows % row_align), (0, 0)))
+        return gated, pool.reshape(state.shape)
+
+    return run
 
 
 def lightning_attention_step_xla(

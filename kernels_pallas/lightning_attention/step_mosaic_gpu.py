@@ -2,13 +2,15 @@
 
 A block of threads serves some columns of one head of one row: TMA brings their state into shared
 memory in parts, and each part goes back as soon as it is updated. The pool is read and written
-once.
+once. `gated_lightning_step` has it take the layer's projection as it lies, and SiLU in passing; a
+second kernel makes the norm and the gate, for which all heads of a row have to be there.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +19,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.hopper import COLUMN, LOG2E, MATRIX, ROW, Ref, tiled
+from kernels_pallas.row_norm.mosaic_gpu import gated_row_norm_mosaic_gpu
 
 _PART = 64  # Rows of the state that are brought at a time, the least that a warp group holds.
 _COLUMNS = 64  # Columns of the state a block of threads: six such blocks share a multiprocessor.
+_QUERY, _KEY, _VALUE = range(3)
 
 
 def why_not(key_dim: int, value_dim: int) -> str | None:
@@ -51,42 +55,106 @@ def lightning_attention_step_mosaic_gpu(
     Returns:
       out [B, H, V] in v.dtype, zeros for idle rows, and the pool.
     """
-    batch, heads, key_dim = q.shape
-    value_dim = v.shape[-1]
-    pool = jax.new_ref(state)
-    mesh = plgpu.Mesh(
-        grid=(value_dim // _COLUMNS, heads, batch),
-        grid_names=("columns", "head", "row"),
-        num_threads=1,
-        thread_name="warp_group",
-    )
 
-    def body(*refs: Ref) -> None:
+    def body(q_ref: Ref, k_ref: Ref, v_ref: Ref, *refs: Ref) -> None:
+        row, head = lax.axis_index("row"), lax.axis_index("head")
+
+        def vector(which: int, first: Any, size: int, layout: Any) -> jax.Array:
+            ref = (q_ref, k_ref, v_ref)[which].at[row, head, pl.ds(first, size)]
+            return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
+
+        _step(_Row(vector), *refs)
+
+    rows = jax.ShapeDtypeStruct((*q.shape[:2], v.shape[-1]), v.dtype)
+    return _call(body, (q, k, v), decay, slots, state, rows)
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "row_align"))
+def gated_lightning_step_mosaic_gpu(
+    projected: jax.Array,
+    decay: jax.Array,
+    scale: jax.Array,
+    state: jax.Array,
+    slots: jax.Array,
+    layer: jax.Array,
+    *,
+    eps: float,
+    row_align: int,
+) -> tuple[jax.Array, jax.Array]:
+    """`gated_lightning_step`. Shapes as in the public function."""
+    heads, dim = state.shape[2:4]
+
+    def body(projected_ref: Ref, layer_ref: Ref, *refs: Ref) -> None:
+        row, head = lax.axis_index("row"), lax.axis_index("head")
+
+        def vector(which: int, first: Any, size: int, layout: Any) -> jax.Array:
+            ref = projected_ref.at[row, pl.ds((3 * head + which) * dim + first, size)]
+            x = plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
+            return (x / (1 + jnp.exp2(-LOG2E * x))).astype(projected.dtype).astype(jnp.float32)
+
+        _step(_Row(vector, (layer_ref[0],)), *refs)
+
+    rows = jax.ShapeDtypeStruct((slots.size, heads, dim), projected.dtype)
+    out, state = _call(body, (projected, layer[None]), decay, slots, state, rows)
+    out = out.reshape(len(out), -1)
+    return gated_row_norm_mosaic_gpu(out, projected, scale, eps, row_align=row_align), state
+
+
+class _Row(NamedTuple):
+    """What a block of threads works on.
+
+    vector(which, first, size, layout): part of the float32 query, key or value; pool: where in the
+    pool its entries begin.
+    """
+
+    vector: Callable[[int, Any, int, Any], jax.Array]
+    pool: tuple[Any, ...] = ()
+
+
+def _call(
+    body: Callable[..., None],
+    operands: tuple[jax.Array, ...],
+    decay: jax.Array,
+    slots: jax.Array,
+    state: jax.Array,
+    rows: jax.ShapeDtypeStruct,
+) -> tuple[jax.Array, jax.Array]:
+    """The outputs `rows` [B, H, V] and the pool after body(*operands, decay, slots, pool, out,
+    *scratch).
+    """
+    batch, heads, value_dim = rows.shape
+    key_dim = state.shape[-2]
+    pool = jax.new_ref(state)
+
+    def in_scratch(*refs: Ref) -> None:
         pl.run_scoped(
-            functools.partial(_step, *refs),
+            functools.partial(body, *refs),
             plgpu.SMEM((key_dim // _PART, _PART, _COLUMNS), jnp.float32, transforms=tiled(4)),
-            plgpu.SMEM((_COLUMNS,), v.dtype),
+            plgpu.SMEM((_COLUMNS,), rows.dtype),
             plgpu.Barrier(num_arrivals=1, num_barriers=key_dim // _PART),
             collective_axes="warp_group",
         )
 
     out = pl.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((batch, heads, value_dim), v.dtype),
-        mesh=mesh,
+        in_scratch,
+        out_type=rows,
+        mesh=plgpu.Mesh(
+            grid=(value_dim // _COLUMNS, heads, batch),
+            grid_names=("columns", "head", "row"),
+            num_threads=1,
+            thread_name="warp_group",
+        ),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             reduction_scratch_bytes=4 * _COLUMNS * 4,
         ),
         name="lightning_attention_step",
-    )(q, k, v, decay, slots, pool)
+    )(*operands, decay, slots, pool)
     return out, jax.freeze(pool)
 
 
 def _step(
-    q_ref: Ref,
-    k_ref: Ref,
-    v_ref: Ref,
+    of: _Row,
     decay_ref: Ref,
     slots_ref: Ref,
     pool_ref: Ref,
@@ -98,7 +166,8 @@ def _step(
     head, row = lax.axis_index("head"), lax.axis_index("row")
     slot = slots_ref[row]
     parts, _, size = parts_smem.shape
-    columns = pl.ds(lax.axis_index("columns") * size, size)
+    column = lax.axis_index("columns") * size
+    columns = pl.ds(column, size)
 
     def write(out: jax.Array) -> None:
         out_smem[...] = out.astype(out_smem.dtype)
@@ -112,22 +181,16 @@ def _step(
     @pl.when(slot >= 0)
     def _active() -> None:
         def rows(part: int) -> Ref:
-            return pool_ref.at[slot, head, pl.ds(part * _PART, _PART), columns]
+            return pool_ref.at[(*of.pool, slot, head, pl.ds(part * _PART, _PART), columns)]
 
         for part in range(parts):
             plgpu.copy_gmem_to_smem(rows(part), parts_smem.at[part], loaded.at[part])
         keep = jnp.exp2(-LOG2E * decay_ref[head])
-
-        def vector(ref: Ref, window: Any, layout: Any) -> jax.Array:
-            x = plgpu.load(ref.at[row, head, window], layout=layout, optimized=False)
-            return x.astype(jnp.float32)
-
-        v = vector(v_ref, columns, COLUMN)
+        v = of.vector(_VALUE, column, size, COLUMN)
         shape = (_PART, size)
         out = zeros
         for part in range(parts):
-            window = pl.ds(part * _PART, _PART)
-            q, k = vector(q_ref, window, ROW), vector(k_ref, window, ROW)
+            q, k = (of.vector(which, part * _PART, _PART, ROW) for which in (_QUERY, _KEY))
             plgpu.barrier_wait(loaded.at[part])
             state = plgpu.load(parts_smem.at[part], layout=MATRIX)
             state = keep * state + lax.broadcast_in_dim(k, shape, [0]) * lax.broadcast_in_dim(

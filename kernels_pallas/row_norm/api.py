@@ -23,18 +23,20 @@ def row_norm(
     scale: Float[Array, " D"],
     eps: float,
     *,
+    row_align: int = 1,
     implementation: str | None = None,
-) -> Float[Array, "N D"]:
+) -> Float[Array, "R D"]:
     """x / sqrt(mean(x²) + eps) · scale of the few rows of a decode step, without a gradient.
 
     Args:
       x: Rows [N, D].
       scale: [D].
       eps: Added to the mean square.
+      row_align: Rows of zeros fill the result up to a multiple of so many.
       implementation: None for the best one on the arrays' platform, or "reference" | "mosaic_gpu".
 
     Returns:
-      [N, D] in x.dtype, with float32 statistics, cast down before the scale.
+      [R, D] in x.dtype, with float32 statistics, cast down before the scale.
 
     Raises:
       kernels_pallas.dispatch.UnavailableError: the named implementation cannot run.
@@ -46,13 +48,14 @@ def row_norm(
         ),
         "reference": Candidate(row_norm_reference),
     }
-    normed: jax.Array = dispatch.resolve("row_norm", implementation, candidates)(x, scale, eps)
+    run = dispatch.resolve("row_norm", implementation, candidates)
+    normed: jax.Array = run(x, scale, eps, row_align=row_align)
     return normed
 
 
 def add_norm_route(
-    x: Float[Array, "N D"],
-    out: Float[Array, "N D"],
+    x: Float[Array, "X D"],
+    out: Float[Array, "Y D"] | Float32[Array, "P Y D"],
     scale: Float[Array, " D"],
     router: Float32[Array, "D E"],
     real: Bool[Array, " N"],
@@ -69,8 +72,9 @@ def add_norm_route(
     sum 1. Without a gradient.
 
     Args:
-      x: The residual [N, D].
-      out: What is added to it [N, D].
+      x: The residual [X, D]; rows past the first N are ignored, here and in out.
+      out: What is added to it [Y, D]; or [P, Y, D] float32, the parts whose sum is added, which
+        saves the kernel that would sum them.
       scale: Of the norm [D].
       router: Matrix of the router [D, E].
       real: Rows that visit an expert [N].

@@ -8,7 +8,7 @@ meanwhile, so that it is there when the norm is known.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.hopper import Ref
+from kernels_pallas.hopper import LOG2E, Ref
 from kernels_pallas.row_norm.reference import Routed
 
 _LANES = 128  # Threads of a warp group, and values of a row in a line.
@@ -46,21 +46,66 @@ def why_not_route(x: jax.Array, router: jax.Array) -> str | None:
     return why_not_norm(x)
 
 
-@functools.partial(jax.jit, static_argnames=("eps", "interpret"))
+@functools.partial(jax.jit, static_argnames=("eps", "row_align", "interpret"))
 def row_norm_mosaic_gpu(
-    x: jax.Array, scale: jax.Array, eps: float, interpret: Any = None
+    x: jax.Array, scale: jax.Array, eps: float, *, row_align: int = 1, interpret: Any = None
 ) -> jax.Array:
     """`row_norm`. Shapes as in the public function."""
+    rows, padded = x.shape[0], _align(x.shape[0], row_align)
 
     def body(x_ref: Ref, scale_ref: Ref, out_ref: Ref) -> None:
-        row = lax.axis_index("row")
-        x32 = _load(x_ref.at[row]).astype(jnp.float32)
-        out_ref[row] = _norm(x32, _load(scale_ref), eps, x.dtype)
+        def real_row(row: jax.Array) -> None:
+            x32 = _load(x_ref.at[row]).astype(jnp.float32)
+            out_ref[row] = _norm(x32, _load(scale_ref), eps, x.dtype)
+
+        _each_row(real_row, rows, padded, out_ref)
 
     lines = _in_lines(x)
-    call = _rows_call(body, jax.typeof(lines), "row_norm", x.shape[0], interpret)
+    shape = jax.ShapeDtypeStruct((padded, *lines.shape[1:]), x.dtype)
+    call = _rows_call(body, shape, "row_norm", padded, interpret)
     normed: jax.Array = call(lines, _in_lines(scale))
-    return normed.reshape(x.shape)
+    return normed.reshape(padded, -1)
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "row_align", "interpret"))
+def gated_row_norm_mosaic_gpu(
+    x: jax.Array,
+    gates: jax.Array,
+    scale: jax.Array,
+    eps: float,
+    *,
+    row_align: int = 1,
+    interpret: Any = None,
+) -> jax.Array:
+    """`row_norm` of x [N, D], each value times the sigmoid of its gate.
+
+    Args:
+      x: Rows [N, D].
+      gates: [N', P], of whose first N rows the last D are those of x.
+      scale: [D].
+      eps: Added to the mean square.
+      row_align: As for `row_norm`.
+      interpret: For tests.
+    """
+    rows, padded = x.shape[0], _align(x.shape[0], row_align)
+
+    def body(x_ref: Ref, gates_ref: Ref, scale_ref: Ref, out_ref: Ref) -> None:
+        def real_row(row: jax.Array) -> None:
+            lines = x_ref.shape[1]
+            gate = _load(gates_ref.at[row, pl.ds(gates_ref.shape[1] - lines, lines)])
+            gate32 = 1 / (1 + jnp.exp2(-LOG2E * gate.astype(jnp.float32)))
+            gate32 = gate32.astype(x.dtype).astype(jnp.float32)
+            x32 = _load(x_ref.at[row]).astype(jnp.float32)
+            normed = _norm(x32, _load(scale_ref), eps, x.dtype)
+            out_ref[row] = (gate32 * normed.astype(jnp.float32)).astype(x.dtype)
+
+        _each_row(real_row, rows, padded, out_ref)
+
+    lines = _in_lines(x)
+    shape = jax.ShapeDtypeStruct((padded, *lines.shape[1:]), x.dtype)
+    call = _rows_call(body, shape, "gated_row_norm", padded, interpret)
+    gated: jax.Array = call(lines, _in_lines(gates), _in_lines(scale))
+    return gated.reshape(padded, -1)
 
 
 @functools.partial(jax.jit, static_argnames=("scales", "eps", "top_k", "row_align", "interpret"))
@@ -78,28 +123,19 @@ def add_norm_route_mosaic_gpu(
     interpret: Any = None,
 ) -> Routed:
     """`add_norm_route`. Shapes as in the public function."""
-    (rows, width), experts = x.shape, router.shape[1]
-    padded = pl.cdiv(rows, row_align) * row_align
+    rows, (width, experts) = real.size, router.shape
+    padded = _align(rows, row_align)
     matrix = _in_lines(router.T)  # [E, D / 128, 128]; XLA takes it out of a loop of steps.
 
     def body(*refs: Ref) -> None:
-        row = lax.axis_index("row")
-        pl.when(row < rows)(lambda: _in_scratch(row, *refs))
-        if padded > rows:
-            normed_ref = refs[6]
-            # In the layout of what is loaded: JAX 0.11 cannot store an odd number of float32 lines
-            # of one value in any other.
-            zeros = plgpu.layout_cast(
-                jnp.zeros(normed_ref.shape[1:], x.dtype), _layout(normed_ref.shape[1])
+        def in_scratch(row: jax.Array) -> None:
+            pl.run_scoped(
+                functools.partial(real_row, row, *refs),
+                plgpu.SMEM(matrix.shape, jnp.float32),
+                plgpu.Barrier(num_arrivals=1),
             )
-            pl.when(row >= rows)(lambda: normed_ref.at[row].set(zeros))
 
-    def _in_scratch(row: jax.Array, *refs: Ref) -> None:
-        pl.run_scoped(
-            functools.partial(real_row, row, *refs),
-            plgpu.SMEM(matrix.shape, jnp.float32),
-            plgpu.Barrier(num_arrivals=1),
-        )
+        _each_row(in_scratch, rows, padded, refs[6])
 
     def real_row(
         row: jax.Array,
@@ -117,7 +153,8 @@ def add_norm_route_mosaic_gpu(
         loaded: Ref,
     ) -> None:
         plgpu.copy_gmem_to_smem(matrix_ref, matrix_smem, loaded)
-        total = _weighted_sum(_load(x_ref.at[row]), _load(out_ref.at[row]), scales)
+        parts = [_load(out_ref.at[part, row]) for part in range(out_ref.shape[0])]
+        total = _weighted_sum(_load(x_ref.at[row]), sum(parts[1:], parts[0]), scales)
         normed = _norm(total.astype(jnp.float32), _load(scale_ref), eps, x.dtype)
         total_ref[row] = total
         normed_ref[row] = normed
@@ -133,17 +170,34 @@ def add_norm_route_mosaic_gpu(
 
     lines = _in_lines(x)
     shapes = (
-        jax.typeof(lines),
+        jax.ShapeDtypeStruct((rows, *lines.shape[1:]), x.dtype),
         jax.ShapeDtypeStruct((padded, *lines.shape[1:]), x.dtype),
         jax.ShapeDtypeStruct((rows, experts), jnp.float32),
         jax.ShapeDtypeStruct((rows, top_k), x.dtype),
         jax.ShapeDtypeStruct((rows, top_k), jnp.int32),
     )
     call = _rows_call(body, shapes, "add_norm_route", padded, interpret)
+    parts = out if out.ndim == 3 else out[None]
     total, normed, *routed = call(
-        lines, _in_lines(out), _in_lines(scale), matrix, real.astype(jnp.int32)
+        lines, _in_lines(parts), _in_lines(scale), matrix, real.astype(jnp.int32)
     )
     return Routed(total.reshape(rows, width), normed.reshape(padded, width), *routed)
+
+
+def _align(rows: int, row_align: int) -> int:
+    return pl.cdiv(rows, row_align) * row_align
+
+
+def _each_row(real_row: Callable[[jax.Array], None], rows: int, padded: int, out_ref: Ref) -> None:
+    """`real_row` of a block's row, zeros in out_ref where it is past the rows."""
+    row = lax.axis_index("row")
+    pl.when(row < rows)(lambda: real_row(row))
+    if padded > rows:
+        # In the layout of what is loaded: JAX 0.11 cannot store an odd number of float32 lines of
+        # one value in any other.
+        lines = out_ref.shape[1]
+        zeros = plgpu.layout_cast(jnp.zeros((lines, _LANES), out_ref.dtype), _layout(lines))
+        pl.when(row >= rows)(lambda: out_ref.at[row].set(zeros))
 
 
 def _rows_call(body: Any, out_type: Any, name: str, rows: int, interpret: Any) -> Any:
@@ -173,11 +227,11 @@ def _layout(lines: int) -> Any:
 
 
 def _weighted_sum(x: jax.Array, out: jax.Array, scales: tuple[float, float]) -> jax.Array:
-    """α x + β out, each product and the sum rounded to their dtype as in XLA."""
+    """α x + β out in x.dtype, out, each product and the sum rounded to it as in XLA."""
     dtype = x.dtype
 
     def scaled(part: jax.Array, by: float) -> jax.Array:
-        exact = part.astype(jnp.float32) * float(dtype.type(by))
+        exact = part.astype(dtype).astype(jnp.float32) * float(dtype.type(by))
         return exact.astype(dtype).astype(jnp.float32)
 
     return (scaled(x, scales[0]) + scaled(out, scales[1])).astype(dtype)

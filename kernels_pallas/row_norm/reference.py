@@ -23,13 +23,15 @@ class Routed(NamedTuple):
     expert: jax.Array
 
 
-def row_norm_reference(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def row_norm_reference(
+    x: jax.Array, scale: jax.Array, eps: float, *, row_align: int = 1
+) -> jax.Array:
     """`row_norm`. Shapes as in the public function."""
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
     x32 = jnp.where(mean_square > 0, x32, 0)
     normed = (x32 * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype)
-    return normed * scale.astype(x.dtype)[None]
+    return _fill(normed * scale.astype(x.dtype)[None], row_align)
 
 
 def add_norm_route_reference(
@@ -46,11 +48,17 @@ def add_norm_route_reference(
 ) -> Routed:
     """`add_norm_route`. Shapes as in the public function."""
     alpha, beta = scales
+    if out.ndim == 3:
+        out = out.sum(0).astype(x.dtype)
+    x, out = (rows[: real.size] for rows in (x, out))
     total = alpha * x + beta * out
     normed = row_norm_reference(total, scale, eps)
     logits = (normed[:, :, None].astype(jnp.float32) * router[None]).sum(1)
     top, expert = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), top_k)
     share = (top / top.sum(-1, keepdims=True)).astype(x.dtype)
     expert = jnp.where(real[:, None], expert.astype(jnp.int32), router.shape[1])
-    normed = jnp.pad(normed, ((0, -x.shape[0] % row_align), (0, 0)))
-    return Routed(total, normed, logits, share, expert)
+    return Routed(total, _fill(normed, row_align), logits, share, expert)
+
+
+def _fill(x: jax.Array, row_align: int) -> jax.Array:
+    return jnp.pad(x, ((0, -x.shape[0] % row_align), (0, 0)))

@@ -649,10 +649,12 @@ def _unstacker(model: Decoder, mesh: Mesh | None, int8_experts: bool) -> Any:
     """A function from the state of a stacked decoder to the structure and state of the engine's."""
     structure = nnx.graphdef(model)
     deep = model.cfg.num_layers > UNROLLED_LAYERS
+    fused = mesh is None and dispatch.target().platform == "gpu"
 
     def served(state: nnx.State) -> Decoder:
         decoder = nnx.merge(structure, state)
         decoder = decoder if deep else decoder.unstacked()
+        decoder = decoder.with_fused_projections() if fused and not deep else decoder
         return decoder.with_int8_experts() if int8_experts else decoder
 
     flat, shapes = nnx.split(nnx.eval_shape(served, nnx.state(model)))

@@ -26,6 +26,12 @@ STOPS, FORCED = 8, 16
 MOVED_PAGES = 16
 # Samples whose beginnings one call copies.
 FORKS = 32
+# What a GPU's step runs in CUDA graphs: as XLA has it, and conditionals, for whose outcome the host
+# waits otherwise.
+_IN_GRAPHS = (
+    *("FUSION", "CUBLAS", "CUBLASLT", "CUDNN", "CUSTOM_CALL", "DYNAMIC_SLICE_FUSION"),
+    "CONDITIONAL",
+)
 # Rows whose chunks one call computes on a CPU, where small models take less time than a call.
 CPU_PREFILL_ROWS = 64
 
@@ -164,9 +170,14 @@ def compiled(graphdef: Any, treedef: Any) -> Programs:
       treedef: Of its parameters, whose leaves every call takes.
     """
     static = {"graphdef": graphdef, "treedef": treedef}
+    options = {"xla_gpu_enable_command_buffer": ",".join(_IN_GRAPHS)}
     return Programs(
         jax.jit(partial(_prefill, **static), donate_argnames="pools"),
-        jax.jit(partial(_decode, **static), donate_argnames="pools"),
+        jax.jit(
+            partial(_decode, **static),
+            donate_argnames="pools",
+            compiler_options=options if dispatch.target().platform == "gpu" else None,
+        ),
         jax.jit(partial(_features, **static)),
     )
 

@@ -13,6 +13,8 @@ from mmjax.layers import weights
 from mmjax.layers.rope import apply_rope
 from mmjax.parallel import sequence
 
+type _QKV = tuple[jax.Array, jax.Array, jax.Array]
+
 
 class SoftmaxAttention(nnx.Module):
     """Grouped-query attention, RoPE on the first `rotary_dim` dimensions of a head.
@@ -31,6 +33,16 @@ class SoftmaxAttention(nnx.Module):
         self.out = weights.weight(
             rngs, (h, k, d), ("heads", None, "d_model"), dtype, fan_in=h * k, fan_out=d
         )
+        self.shape = h, g, k
+        # q, k and v side by side [D, (H + 2 G) K], once they are fused.
+        self.fused: nnx.Param[jax.Array] | None = nnx.data(None)
+
+    def fuse_projections(self) -> None:
+        """Keeps q, k and v as one matrix from here on, to serve: one product reads all three."""
+        parts = (self.q[...], self.k[...], self.v[...])
+        fused = jnp.concatenate([x.reshape(x.shape[0], -1) for x in parts], axis=1)
+        self.fused = nnx.Param(fused, axes=("d_model", None))
+        del self.q, self.k, self.v
 
     def __call__(
         self,
@@ -80,16 +92,47 @@ class SoftmaxAttention(nnx.Module):
         layer: Int32[Array, ""],
     ) -> tuple[Float[Array, "B T D"], PagedCache]:
         """`extend` on the rows' pages: slots counts a row's tokens, its capacity for padding."""
-        q, k, v = self._project(x, angles)
-        out, keys, values = sequence.softmax_on_pages(q, k, v, slots, cache, layer)
-        return self._output(out), cache._replace(keys=keys, values=values)
+        out, cache = _on_pages(self._project(x, angles), slots, cache, layer)
+        return self._output(out), cache
 
-    def _project(self, x: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, k, v = (
-            weights.project(x, kernel[...]).reshape(*x.shape[:2], *kernel.shape[1:])
-            for kernel in (self.q, self.k, self.v)
-        )
+    def step(
+        self,
+        x: Float[Array, "Q D"],
+        angles: Float32[Array, "B 1 R"],
+        slots: Int32[Array, "B 1"],
+        cache: PagedCache,
+        layer: Int32[Array, ""],
+    ) -> tuple[Float32[Array, "P Y D"], PagedCache]:
+        """`extend_pages` by one token of B rows on one device, with fused projections; the output
+        in parts to sum. Rows of x past them are ignored.
+        """
+        rows = len(angles)
+        flat = [part[:rows, None] for part in self._products(x)]
+        out, cache = _on_pages(self._with_heads(flat, angles), slots, cache, layer)
+        out = jnp.pad(out.reshape(rows, -1), ((0, -rows % weights.ROW_ALIGN), (0, 0)))
+        return weights.project_in_parts(out, self.out[...]), cache
+
+    def _project(self, x: jax.Array, angles: jax.Array) -> _QKV:
+        return self._with_heads(self._products(x), angles)
+
+    def _products(self, x: jax.Array) -> list[jax.Array]:
+        """x times what makes q, k and v of it, [..., heads and their dimensions]."""
+        if self.fused is None:
+            return [weights.project(x, kernel[...]) for kernel in (self.q, self.k, self.v)]
+        heads, groups, dim = self.shape
+        ends = [heads * dim, (heads + groups) * dim]
+        return jnp.split(weights.project(x, self.fused[...]), ends, axis=-1)
+
+    def _with_heads(self, flat: list[jax.Array], angles: jax.Array) -> _QKV:
+        q, k, v = (part.reshape(*part.shape[:2], -1, self.shape[2]) for part in flat)
         return apply_rope(q, angles), apply_rope(k, angles), v
 
     def _output(self, out: jax.Array) -> jax.Array:
         return weights.project(out.reshape(*out.shape[:2], -1), self.out[...])
+
+
+def _on_pages(
+    qkv: _QKV, slots: jax.Array, cache: PagedCache, layer: jax.Array
+) -> tuple[jax.Array, PagedCache]:
+    out, keys, values = sequence.softmax_on_pages(*qkv, slots, cache, layer)
+    return out, cache._replace(keys=keys, values=values)

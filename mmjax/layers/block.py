@@ -10,11 +10,11 @@ from flax import nnx
 
 from mmjax.cache import HybridCache, PagedCache
 from mmjax.config import LIGHTNING, ModelConfig
+from mmjax.layers import weights
 from mmjax.layers.attention import SoftmaxAttention
 from mmjax.layers.lightning import LightningAttention
 from mmjax.layers.moe import MoE, RouterStats
 from mmjax.layers.norm import RMSNorm
-from mmjax.sharding import active_mesh
 
 type Cache = HybridCache | PagedCache
 
@@ -68,23 +68,49 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Cache | None, RouterStats]:
         """Runs the layer on h [B, T, D], updating its own part of the cache."""
         paged = isinstance(cache, PagedCache)
-        step = paged and h.shape[1] == 1 and active_mesh() is None
-        x = self.attention_norm.of_step(h) if step else self.attention_norm(h)
+        if paged and h.shape[1] == 1 and self._why_not_step(h) is None:
+            assert isinstance(cache, PagedCache)
+            return self._step(h, cache, index, ctx)
+        x = self.attention_norm(h)
         attended, cache = self._attend(x, cache, index, ctx)
-        residual = x if self.postnorm else h
-        if step and self.moe.why_not_routed_with_norm(h) is None:
-            routed = self.moe.add_norm_route(
-                residual, attended, self.moe_norm, self.attention_scales, ctx.real
-            )
-            h, y = (rows[: h.shape[0], None] for rows in (routed.total, routed.normed))
-            mixed, stats = self.moe.visit(routed, ctx.real)
-        else:
-            alpha, beta = self.attention_scales
-            h = alpha * residual + beta * attended
-            y = self.moe_norm(h)
-            mixed, stats = self.moe(y, ctx.real, training=cache is None, skip=paged)
+        alpha, beta = self.attention_scales
+        h = alpha * (x if self.postnorm else h) + beta * attended
+        y = self.moe_norm(h)
+        mixed, stats = self.moe(y, ctx.real, training=cache is None, skip=paged)
+        return self._add_mixed(y, h, mixed), cache, stats
+
+    def fuse_projections(self) -> None:
+        """Keeps what reads x in the attention as one matrix from here on, to serve."""
+        self.attention.fuse_projections()
+
+    def _add_mixed(self, y: jax.Array, h: jax.Array, mixed: jax.Array) -> jax.Array:
         alpha, beta = self.moe_scales
-        return alpha * (y if self.postnorm else h) + beta * mixed, cache, stats
+        return alpha * (y if self.postnorm else h) + beta * mixed
+
+    def _why_not_step(self, h: jax.Array) -> str | None:
+        """Why a decode step of h [B, 1, D] does not run on kernels of its own."""
+        if self.attention.fused is None:
+            return "its projections are not fused"
+        return self.moe.why_not_routed_with_norm(h)
+
+    def _step(
+        self, h: jax.Array, cache: PagedCache, index: LayerIndex, ctx: Context
+    ) -> tuple[jax.Array, PagedCache, RouterStats]:
+        """The same on kernels that do in one what a few rows wait for in many."""
+        real = jnp.ones(h.shape[:2], bool) if ctx.real is None else ctx.real
+        x = self.attention_norm.of_step(h[:, 0], weights.ROW_ALIGN)
+        layer = self.attention
+        if isinstance(layer, LightningAttention):
+            attended, cache = layer.step(x, index.decay, cache, index.place)
+        else:
+            assert ctx.slots is not None
+            attended, cache = layer.step(x, ctx.angles, ctx.slots, cache, index.place)
+        routed = self.moe.add_norm_route(
+            x if self.postnorm else h[:, 0], attended, self.moe_norm, self.attention_scales, real
+        )
+        h, y = (rows[: h.shape[0], None] for rows in (routed.total, routed.normed))
+        mixed, stats = self.moe.visit(routed, real)
+        return self._add_mixed(y, h, mixed), cache, stats
 
     def _attend(
         self, x: jax.Array, cache: Cache | None, index: LayerIndex, ctx: Context

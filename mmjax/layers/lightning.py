@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
-from kernels_pallas import dispatch
+from kernels_pallas import dispatch, gated_lightning_step
 from mmjax.cache import PagedCache
 from mmjax.config import ModelConfig
 from mmjax.layers import weights
@@ -66,6 +66,16 @@ class LightningAttention(nnx.Module):
         self.out = weights.weight(
             rngs, (h, k, d), ("heads", None, "d_model"), dtype, fan_in=h * k, fan_out=d
         )
+        self.shape = h, k
+        # qkv and gate side by side [D, 4 H K], once they are fused.
+        self.fused: nnx.Param[jax.Array] | None = nnx.data(None)
+
+    def fuse_projections(self) -> None:
+        """Keeps qkv and gate as one matrix from here on, to serve: one product reads both."""
+        parts = (self.qkv[...], self.gate[...])
+        fused = jnp.concatenate([x.reshape(x.shape[0], -1) for x in parts], axis=1)
+        self.fused = nnx.Param(fused, axes=("d_model", None))
+        del self.qkv, self.gate
 
     def __call__(
         self,
@@ -86,9 +96,9 @@ class LightningAttention(nnx.Module):
         Returns:
           Output [B, T, D] and the state after the last real token.
         """
-        q, k, v = self._project(x)
+        q, k, v, gate = self._project(x)
         out, state = sequence.lightning(q, k, v, decay, segment_ids=segment_ids, state=state)
-        return self._output(x, out), state
+        return self._output(x, out, gate), state
 
     def extend(
         self,
@@ -99,25 +109,51 @@ class LightningAttention(nnx.Module):
         layer: Int32[Array, ""],
     ) -> tuple[Float[Array, "B T D"], PagedCache]:
         """Attends on the rows' states in layer `layer` of the pool, and advances them there."""
-        q, k, v = self._project(x)
+        q, k, v, gate = self._project(x)
         out, state = sequence.lightning_on_pool(q, k, v, decay, segment_ids, cache, layer)
-        return self._output(x, out), cache._replace(state=state)
+        return self._output(x, out, gate), cache._replace(state=state)
 
-    def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        batch, length, _ = x.shape
-        _, heads, _, dim = self.qkv.shape
-        qkv = jax.nn.silu(weights.project(x, self.qkv[...]))
-        qkv = qkv.reshape(batch, length, heads, 3, dim)
-        if length == 1 and dispatch.target().platform == "gpu":
+    def step(
+        self,
+        x: Float[Array, "Q D"],
+        decay: Float32[Array, " H"],
+        cache: PagedCache,
+        layer: Int32[Array, ""],
+    ) -> tuple[Float32[Array, "P Y D"], PagedCache]:
+        """`extend` by one token of the cache's B rows on one device, with fused projections; the
+        output in parts to sum. Rows of x past them are ignored.
+        """
+        assert self.fused is not None
+        mixed, state = gated_lightning_step(
+            weights.project(x, self.fused[...]),
+            decay,
+            self.norm[...].reshape(-1),
+            cache.state,
+            cache.slots,
+            layer,
+            eps=INNER_NORM_EPS,
+            row_align=weights.ROW_ALIGN,
+        )
+        return weights.project_in_parts(mixed, self.out[...]), cache._replace(state=state)
+
+    def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """q, k, v [B, T, H, K], and the gates where they come with them."""
+        if self.fused is None:
+            qkv, gate = weights.project(x, self.qkv[...]), None
+        else:
+            heads, dim = self.shape
+            qkv, gate = jnp.split(weights.project(x, self.fused[...]), [3 * heads * dim], axis=2)
+        qkv = jax.nn.silu(qkv).reshape(*x.shape[:2], self.shape[0], 3, self.shape[1])
+        if x.shape[1] == 1 and dispatch.target().platform == "gpu":
             # One kernel lays them out one after another; a slice of each would be three.
             q, k, v = jax.lax.optimization_barrier(jnp.moveaxis(qkv, 3, 0))
-            return q, k, v
+            return q, k, v, gate
         # The transpose of a split is one concatenation, that of three slices is three paddings.
         q, k, v = (part[:, :, :, 0] for part in jax.lax.split(qkv, (1, 1, 1), axis=3))
-        return q, k, v
+        return q, k, v, gate
 
-    def _output(self, x: jax.Array, out: jax.Array) -> jax.Array:
+    def _output(self, x: jax.Array, out: jax.Array, gate: jax.Array | None) -> jax.Array:
         flat = out.reshape(*x.shape[:2], -1)
         normed = rms_norm(flat, self.norm[...].reshape(-1), INNER_NORM_EPS)
-        gate = jax.nn.sigmoid(weights.project(x, self.gate[...]))
+        gate = jax.nn.sigmoid(weights.project(x, self.gate[...]) if gate is None else gate)
         return weights.project(gate * normed, self.out[...])

@@ -109,36 +109,37 @@ class MoE(nnx.Module):
 
     def add_norm_route(
         self,
-        x: Float[Array, "B 1 D"],
-        out: Float[Array, "B 1 D"],
+        x: Float[Array, "X D"],
+        out: Float32[Array, "P Y D"],
         norm: RMSNorm,
         scales: tuple[float, float],
-        real: Bool[Array, "B 1"] | None,
+        real: Bool[Array, "B 1"],
     ) -> Routed:
-        """Where the rows norm(α x + β out) of a decode step go, idle ones to no expert."""
-        real = jnp.ones(x.shape[:2], bool) if real is None else real
+        """Where the rows norm(α x + β Σ_p out_p) of a decode step go, idle ones to no expert.
+
+        Of x and out the first B rows count.
+        """
         return add_norm_route(
-            x[:, 0],
-            out[:, 0],
+            x,
+            out,
             norm.scale[...],
             self.router[...],
             real[:, 0],
             scales=scales,
             eps=norm.eps,
             top_k=self.top_k,
-            row_align=LISTED_ALIGN if x.shape[0] <= LISTED_ROWS else 1,
+            row_align=LISTED_ALIGN if real.size <= LISTED_ROWS else 1,
         )
 
     def visit(
-        self, routed: Routed, real: Bool[Array, "B 1"] | None
+        self, routed: Routed, real: Bool[Array, "B 1"]
     ) -> tuple[Float[Array, "B 1 D"], RouterStats]:
         """`__call__` on the normed rows of a decode step that are already routed."""
         rows = routed.total.shape[0]
-        mask = jnp.ones(rows, bool) if real is None else real[:, 0]
         out = apply_experts(routed.normed, routed.share, routed.expert, self._kernels())[:, None]
         if self.shared is not None:
             out = self.shared(routed.normed[:rows, None], out)
-        stats = statistics(routed.logits, jax.nn.softmax(routed.logits), routed.expert, mask)
+        stats = statistics(routed.logits, jax.nn.softmax(routed.logits), routed.expert, real[:, 0])
         return out, stats._replace(logits=routed.logits[:, None])
 
     def _kernels(self) -> Weights:

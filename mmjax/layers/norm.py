@@ -39,6 +39,9 @@ class RMSNorm(nnx.Module):
         """Norms the last axis."""
         return rms_norm(x, self.scale[...], self.eps)
 
-    def of_step(self, x: Float[Array, "B 1 D"]) -> Float[Array, "B 1 D"]:
-        """Norms the rows of a decode step on one device, without a gradient."""
-        return row_norm(x[:, 0], self.scale[...], self.eps)[:, None]
+    def of_step(self, x: Float[Array, "B D"], row_align: int = 1) -> Float[Array, "R D"]:
+        """Norms the rows of a decode step on one device, without a gradient.
+
+        Rows of zeros fill them up to a multiple of row_align.
+        """
+        return row_norm(x, self.scale[...], self.eps, row_align=row_align)

@@ -9,6 +9,11 @@ from flax import nnx
 from kernels_pallas.numerics import einsum32, product
 from mmjax.sharding import active_mesh
 
+# Parts of a product of up to so many rows, see `project_in_parts`.
+PARTS, PARTED_ROWS = 8, 16
+# One row times a matrix takes XLA on a GPU up to three times as long as two rows.
+ROW_ALIGN = 2
+
 
 def weight(
     rngs: nnx.Rngs,
@@ -68,6 +73,18 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
       [..., prod(out)] in x.dtype.
     """
     return product(_matmul(x, kernel.reshape(x.shape[-1], -1)))
+
+
+def project_in_parts(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [B, K] times kernel for few rows, as parts [P, B, D] float32 whose sum is the product.
+
+    Each part is over its own stretch of K: a GPU has more to do at once, and what comes next can
+    sum them in passing.
+    """
+    rows, inner = x.shape
+    parts = PARTS if rows <= PARTED_ROWS and inner % PARTS == 0 else 1
+    each = x.reshape(rows, parts, -1).swapaxes(0, 1)
+    return einsum32("pbk,pkd->pbd", each, kernel.reshape(parts, inner // parts, -1), x.dtype)
 
 
 @jax.custom_vjp

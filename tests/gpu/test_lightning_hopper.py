@@ -26,6 +26,11 @@ class TestStepMosaicGpu(suites.StepSuite):
     dims: ClassVar = {"key_dim": 128, "value_dim": 128}
 
 
+class TestGatedStepMosaicGpu(suites.GatedStepSuite):
+    implementation = "mosaic_gpu"
+    heads, dim = 8, 128
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_stretches(packed, dtype):

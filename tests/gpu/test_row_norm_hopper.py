@@ -50,6 +50,21 @@ def test_as_in_float32(rows, width, experts, top_k, dtype):
     np.testing.assert_allclose(np.asarray(got.share, np.float32), share, rtol=2**-8)
 
 
+@pytest.mark.parametrize("rows", [1, 16])
+def test_adds_parts(rows):
+    x, _, scale, router, real = inputs(rows, 3072, 8, jnp.bfloat16)
+    parts = jax.random.normal(jax.random.key(7), (8, rows, 3072), jnp.float32)
+    got, want = (
+        add_norm_route(
+            x, parts, scale, router, real, **STATIC, top_k=2, implementation=implementation
+        ).total.astype(jnp.float32)
+        for implementation in ("mosaic_gpu", "reference")
+    )
+    # Twice a rounding of the largest of the terms; their sum in float32 may differ in order.
+    assert (jnp.abs(got - want) <= 2**-7 * jnp.abs(want).max()).all()
+    assert jnp.linalg.norm(got - want) <= 2**-9 * jnp.linalg.norm(want)
+
+
 @pytest.mark.parametrize("rows", [1, 256])
 def test_norms_as_the_reference(rows):
     x, _, scale, *_ = inputs(rows, 3072, 8, jnp.bfloat16)

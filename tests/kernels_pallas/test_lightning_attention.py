@@ -8,7 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import lightning_attention, lightning_attention_step
+from kernels_pallas import (
+    gated_lightning_step,
+    lightning_attention,
+    lightning_attention_step,
+)
 from kernels_pallas.dispatch import UnavailableError
 from kernels_pallas.testing import assert_close, lightning_inputs, lightning_oracle
 
@@ -198,6 +202,63 @@ class StepSuite:
 
 class TestStepXla(StepSuite):
     implementation = "chunked"
+
+
+class GatedStepSuite:
+    """What every implementation of a step with its norm and gate has to do."""
+
+    implementation: str
+    heads, dim = 3, 16
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_as_in_float64(self, dtype):
+        heads, dim, layers, slots = self.heads, self.dim, 3, np.array([3, -1, 0], np.int32)
+        rng = np.random.default_rng(4)
+        projected = jnp.asarray(rng.standard_normal((3, 4 * heads * dim)), dtype)
+        scale = jnp.asarray(1 + rng.standard_normal(heads * dim) / 4, dtype)
+        decay = np.linspace(0.01, 0.5, heads, dtype=np.float32)
+        pool = rng.standard_normal((layers, 5, heads, dim, dim)).astype(np.float32)
+        step = functools.partial(gated_lightning_step, eps=1e-6, implementation=self.implementation)
+        out, after = jax.jit(step)(
+            projected, jnp.asarray(decay), scale, jnp.asarray(pool), jnp.asarray(slots),
+            jnp.int32(1),
+        )  # fmt: skip
+
+        x = np.asarray(projected, np.float64)
+        qkv, gate = x[:, : 3 * heads * dim].reshape(3, heads, 3, dim), x[:, 3 * heads * dim :]
+        qkv = qkv / (1 + np.exp(-qkv))
+        q, k, v = (qkv[:, :, i] for i in range(3))
+        state = np.exp(-np.float64(decay))[:, None, None] * pool[1, slots]
+        state += k[..., :, None] * v[..., None, :]
+        mixed = (q[..., :, None] * state).sum(-2).reshape(3, -1)
+        mixed /= np.sqrt((mixed**2).mean(1, keepdims=True) + 1e-6)
+        want = mixed * np.asarray(scale, np.float64) / (1 + np.exp(-gate))
+        want[slots < 0] = 0
+        assert out.dtype == dtype
+        # silu, the step's output, the norm, its scaling, the gate and the product round to bf16.
+        bound = 1e-5 if dtype == "float32" else 6 * 2**-9
+        error = np.linalg.norm(np.asarray(out, np.float64) - want) / np.linalg.norm(want)
+        assert error <= bound
+        assert not np.asarray(out[1], np.float64).any()
+        active = slots >= 0
+        np.testing.assert_allclose(
+            after[1][slots[active]], state[active], atol=1e-5 if dtype == "float32" else 0.1
+        )
+        untouched = np.ones((layers, 5), bool)
+        untouched[1, slots[active]] = False
+        np.testing.assert_array_equal(np.asarray(after)[untouched], pool[untouched])
+
+
+class TestGatedStepXla(GatedStepSuite):
+    implementation = "chunked"
+
+
+def test_gated_step_with_projections_of_another_width():
+    with pytest.raises(ValueError, match=r"projected has shape \(1, 12\), expected \(1, 16\)"):
+        gated_lightning_step(
+            jnp.ones((1, 12)), jnp.ones(1), jnp.ones(4), jnp.ones((1, 1, 1, 4, 4)),
+            jnp.zeros(1, jnp.int32), jnp.int32(0), eps=1e-6,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

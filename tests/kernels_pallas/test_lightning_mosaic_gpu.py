@@ -3,6 +3,7 @@
 GPU interpret mode has no product whose left operand is in registers, which these kernels use.
 """
 
+import functools
 import itertools
 
 import jax
@@ -10,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import dispatch, lightning_attention, lightning_attention_step, tuning
+from kernels_pallas import (
+    dispatch,
+    gated_lightning_step,
+    lightning_attention,
+    lightning_attention_step,
+    tuning,
+)
 from kernels_pallas.hopper import LOG2E
 from kernels_pallas.lightning_attention import mosaic_gpu
 from kernels_pallas.lightning_attention.clock import read_clock
@@ -57,6 +64,17 @@ def test_step_lowers_for_cuda_in_place(on_hopper):
     lowered = jax.jit(step, donate_argnums=4).trace(row, row, row, decay, state, slots)
     text = lowered.lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text
+    assert "output_operand_alias" in text
+
+
+def test_gated_step_lowers_for_cuda_in_place(on_hopper):
+    """Two kernels, and nothing but them and views."""
+    shapes = ((3, 4 * 256), jnp.bfloat16), ((2,), jnp.float32), ((256,), jnp.bfloat16)
+    shapes += ((4, 5, 2, 128, 128), jnp.float32), ((3,), jnp.int32), ((), jnp.int32)
+    step = functools.partial(gated_lightning_step, eps=1e-6)
+    traced = jax.jit(step, donate_argnums=3).trace(*(jax.ShapeDtypeStruct(*s) for s in shapes))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == 2
     assert "output_operand_alias" in text
 
 

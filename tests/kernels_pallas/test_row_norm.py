@@ -106,6 +106,28 @@ def test_norms_as_the_reference():
     ).any()
 
 
+def test_adds_parts_as_the_reference():
+    x, _, scale, router, real = inputs(2, 128, 6, jnp.bfloat16)
+    parts = jax.random.normal(jax.random.key(7), (3, 2, 128), jnp.float32)
+    static = {"scales": SCALES, "eps": EPS, "top_k": 1, "row_align": 1}
+    got = mosaic_gpu.add_norm_route_mosaic_gpu(
+        x, parts, scale, router, real, **static, interpret=plgpu.InterpretGPUParams()
+    )
+    want = add_norm_route_reference(x, parts, scale, router, real, **static)
+    whole = SCALES[0] * jnp.abs(x).astype(jnp.float32) + jnp.abs(parts).sum(0)
+    assert_near(got.total, want.total, jnp.bfloat16, whole)
+
+
+def test_gates_as_the_reference():
+    x, gates, scale, *_ = inputs(3, 256, 8, jnp.bfloat16)
+    both = jnp.concatenate([x, x, gates], axis=1)  # of which the last are the gates
+    got = mosaic_gpu.gated_row_norm_mosaic_gpu(
+        x, both, scale, EPS, interpret=plgpu.InterpretGPUParams()
+    )
+    want = jax.nn.sigmoid(gates) * row_norm_reference(x, scale, EPS)
+    assert_near(got, want, jnp.bfloat16, 2 * want.astype(jnp.float32))
+
+
 @pytest.mark.parametrize("rows", [1, 256])
 def test_lowers_for_hopper(rows):
     x, out, scale, router, real = inputs(rows, 3072, 8, jnp.bfloat16)
