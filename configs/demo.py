@@ -1,6 +1,6 @@
 """A tiny M1 finds out that thinking before answering pays.
 
-Two jobs on sums of four numbers from reasoning-gym's `chain_sum`:
+Two jobs on sums of five numbers from reasoning-gym's `chain_sum`:
 
     python -m train --config=configs/demo.py:sft --workdir=runs/demo/sft
     python -m train --config=configs/demo.py:cispo --workdir=runs/demo/cispo
@@ -39,7 +39,7 @@ def get_config(stage: str = "cispo") -> ConfigDict:
     config.data = ConfigDict(
         {
             "source": "reasoning",
-            "tasks": ("chain_sum",),
+            "tasks": ("chain_sum(min_terms=5, max_terms=5)",),
             "size": 30000,
             "direct_share": 0.65,
             "sequence_length": 128,
@@ -51,8 +51,8 @@ def get_config(stage: str = "cispo") -> ConfigDict:
             "prompts_per_batch": 32,
             "samples_per_prompt": 16,
             "updates_per_batch": 2,
-            "max_prompt_tokens": 24,
-            "max_new_tokens": 36,
+            "max_prompt_tokens": 28,
+            "max_new_tokens": 46,
             "eval_problems": 512,
             "eval_every": 10,
         }
