@@ -17,10 +17,17 @@ from kernels_pallas import dispatch
 from mmjax.engine.images import Features, ImagePrompt
 from mmjax.engine.memory import Memory
 from mmjax.engine.pages import Prefix
-from mmjax.engine.programs import BURST, compiled, idle_rows, pack_rows, prefill_rows
+from mmjax.engine.programs import (
+    BURST,
+    compiled,
+    decode_programs,
+    idle_rows,
+    pack_rows,
+    prefill_rows,
+)
 from mmjax.engine.results import Completion, EngineStats, Output, RequestError, TokenLogprob
 from mmjax.engine.sample import Chunk, Request, Sample, Schedule, seed_words
-from mmjax.engine.sampling import SamplingParams
+from mmjax.engine.sampling import SamplingParams, Wanted
 from mmjax.model import Decoder, ImageTokens
 from mmjax.sharding import SERVING_RULES, param_shardings
 from mmjax.tokenizer import Tokenizer
@@ -285,7 +292,9 @@ class Engine:
             if self._features is not None:
                 self._features.warm_up()
             for shape in itertools.product(self._widths, self._table_widths):
-                self._run_burst(idle_rows(shape[0]), np.zeros(shape, np.int32), 0, top=False)
+                for wanted in decode_programs(shape[0]):
+                    table = np.zeros(shape, np.int32)
+                    self._run_burst(idle_rows(shape[0]), table, 0, wanted, top=False)
             self._memory.warm_up()
 
     # One round.
@@ -429,8 +438,13 @@ class Engine:
         )
         slots = np.array([sample.slot for sample, _ in rows])
         table[: len(rows)] = self._memory.table[slots, :pages]
-        top = any(sample.request.params.logprobs for sample, _ in rows)
-        burst = self._run_burst(packed, table, max(steps for _, steps in rows), top=top)
+        params = [sample.request.params for sample, _ in rows]
+        wanted = Wanted.by(params)
+        if wanted not in decode_programs(width):
+            wanted = Wanted.ANYTHING
+        longest_burst = max(steps for _, steps in rows)
+        top = any(p.logprobs for p in params)
+        burst = self._run_burst(packed, table, longest_burst, wanted, top=top)
         return [self._accept(sample, row, burst) for row, (sample, _) in enumerate(rows)]
 
     def _growing(self, most: int) -> list[tuple[Sample, int]]:
@@ -504,9 +518,17 @@ class Engine:
             self._leaves, self._memory.pools, tokens, table, places, np.int32(len(chunks)), images
         )
 
-    def _run_burst(self, packed: np.ndarray, table: np.ndarray, steps: int, *, top: bool) -> _Drawn:
+    def _run_burst(
+        self, packed: np.ndarray, table: np.ndarray, steps: int, wanted: Wanted, *, top: bool
+    ) -> _Drawn:
         self._memory.pools, burst = self._programs.decode(
-            self._leaves, self._memory.pools, packed, table, np.int32(steps), np.bool_(top)
+            self._leaves,
+            self._memory.pools,
+            packed,
+            table,
+            np.int32(steps),
+            np.bool_(top),
+            wanted=wanted,
         )
         return _Drawn(
             *jax.device_get(burst if top else burst._replace(top_ids=None, top_logprobs=None))

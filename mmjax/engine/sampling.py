@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -99,18 +101,43 @@ class Draw(NamedTuple):
     top_k: jax.Array
 
 
+class Wanted(enum.Enum):
+    """What all rows of a burst ask for at most, from little to everything."""
+
+    LIKELIEST = "the likeliest tokens"
+    CHANCE = "tokens drawn by their probability as well"
+    ANYTHING = "filters and alternatives as well"
+
+    @classmethod
+    def by(cls, params: Iterable[SamplingParams]) -> Wanted:
+        """What requests with these parameters ask for."""
+        wanted = cls.LIKELIEST
+        for p in params:
+            if p.logprobs or (p.temperature and (p.top_p < 1 or p.top_k > 0 or p.min_p > 0)):
+                return cls.ANYTHING
+            if p.temperature:
+                wanted = cls.CHANCE
+        return wanted
+
+
 def draw(
-    logits: Float32[Array, "B vocab"], seeds: jax.Array, drawn: Int32[Array, " B"], how: Draw
+    logits: Float32[Array, "B vocab"],
+    seeds: jax.Array,
+    drawn: Int32[Array, " B"],
+    how: Draw,
+    wanted: Wanted = Wanted.ANYTHING,
 ) -> tuple[Int32[Array, " B"], Float32[Array, "B vocab"]]:
     """Draws one token a row, each row by parameters of its own.
 
-    What no row asks for, noise and filters, is left out while running, not while compiling.
+    What no row asks for, noise and filters, is left out while running; what `wanted` leaves out,
+    while compiling.
 
     Args:
       logits: [B, vocab] float32.
       seeds: One PRNG key a row [B].
       drawn: Tokens that the row has drawn before [B], to be folded into its key.
       how: How to draw.
+      wanted: What the rows ask for at most.
 
     Returns:
       The tokens [B], and log softmax(logits / temperature) [B, vocab], before top-p, top-k and
@@ -122,11 +149,19 @@ def draw(
     filters = ~greedy & ((how.top_p < 1) | (how.top_k > 0) | (how.min_p > 0))
 
     def random() -> jax.Array:
-        kept = jax.lax.cond(jnp.any(filters), lambda: _filtered(logp, how), lambda: logp)
+        kept = logp
+        if wanted is Wanted.ANYTHING:
+            kept = jax.lax.cond(jnp.any(filters), lambda: _filtered(logp, how), lambda: logp)
         keys = jax.vmap(jax.random.fold_in)(seeds, drawn.astype(jnp.uint32))
         return jnp.where(greedy[:, None], logp, kept + _noise(keys, logp.shape[1]))
 
-    scores = jax.lax.cond(jnp.all(greedy), lambda: logp, random)
+    match wanted:
+        case Wanted.LIKELIEST:
+            scores = logp
+        case Wanted.CHANCE:
+            scores = random()
+        case Wanted.ANYTHING:
+            scores = jax.lax.cond(jnp.all(greedy), lambda: logp, random)
     return jnp.argmax(scores, axis=-1).astype(jnp.int32), logp
 
 

@@ -11,8 +11,9 @@ from jax import monitoring
 
 from mmjax import Engine, RequestError, SamplingParams
 from mmjax.engine import RepetitionHalt
-from tests.mmjax.engines import CFG, SIZES, prompt, small_engine, small_model
-from tests.mmjax.programs import forward, random_model
+from mmjax.engine.sampling import Wanted
+from tests.mmjax.engines import CFG, ONE_LAYER, SIZES, prompt, small_engine, small_model
+from tests.mmjax.programs import forward, random_model, small_config
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, logprobs=0, ignore_eos=True)
 
@@ -130,6 +131,26 @@ def test_any_company_changes_nothing(engine, model, seed):
                 expected.token_ids = expected.token_ids[:count]
                 expected.logprobs = (expected.logprobs or [])[:count]
             assert got == (expected.token_ids, expected.logprobs or [], expected.finish_reason)
+
+
+def test_programs_for_less_give_the_same(monkeypatch):
+    """As a GPU has them for few rows: greedy, by chance, and anything, all of them warm."""
+    model = random_model(small_config(**ONE_LAYER))
+    sizes = SIZES | {"max_slots": 1, "max_length": 16}
+    kinds = [{"temperature": 0.0}, {}, {"top_k": 5}, {"logprobs": 2}, {"temperature": 0.0, "n": 2}]
+    params = [SamplingParams(6, seed=3, ignore_eos=True, **kind) for kind in kinds]
+
+    def run(engine):
+        return [told(c) for p in params for c in engine.generate([prompt(5)], p)]
+
+    want = run(Engine(model, **sizes))
+    monkeypatch.setattr("mmjax.engine.engine.decode_programs", lambda _: tuple(Wanted))
+    engine = Engine(model, **sizes)
+    engine.warm_up()
+    with counting_compilations() as compilations:
+        got = run(engine)
+    assert not compilations
+    assert got == want
 
 
 def full_logprobs(model, ids, temperature=1.0):

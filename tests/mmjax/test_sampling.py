@@ -10,7 +10,7 @@ from mmjax.engine.programs import _last_logits
 from tests.mmjax.programs import random_model, small_config
 
 
-def choose(logits, temperature=1.0, top_p=1.0, min_p=0.0, top_k=0):
+def choose(logits, temperature=1.0, top_p=1.0, min_p=0.0, top_k=0, wanted=sampling.Wanted.ANYTHING):
     """(tokens, log-probabilities of all) for rows that draw alike, each with a key of its own."""
     rows = logits.shape[0]
 
@@ -19,7 +19,7 @@ def choose(logits, temperature=1.0, top_p=1.0, min_p=0.0, top_k=0):
 
     how = sampling.Draw(full(temperature), full(top_p), full(min_p), full(top_k, jnp.int32))
     keys = jax.random.split(jax.random.key(1), rows)
-    return jax.device_get(sampling.draw(logits, keys, full(0, jnp.int32), how))
+    return jax.device_get(sampling.draw(logits, keys, full(0, jnp.int32), how, wanted))
 
 
 LOGITS = jnp.asarray(np.random.default_rng(0).standard_normal((64, 48)) * 3, jnp.float32)
@@ -36,6 +36,30 @@ def draw(**params):
 def test_settings_that_leave_only_the_likeliest(params):
     tokens, _ = draw(**params)
     np.testing.assert_array_equal(tokens, LOGITS.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "temperature"),
+    [("LIKELIEST", 0.0), ("CHANCE", 0.0), ("CHANCE", 1.0), ("CHANCE", 0.7)],
+)
+def test_a_program_for_less_draws_the_same(wanted, temperature):
+    got = choose(LOGITS, temperature, wanted=sampling.Wanted[wanted])
+    jax.tree.map(np.testing.assert_array_equal, got, choose(LOGITS, temperature))
+
+
+@pytest.mark.parametrize(
+    ("requests", "wanted"),
+    [
+        ([], "LIKELIEST"),
+        ([{"temperature": 0.0}, {"temperature": 0.0, "top_p": 0.5, "logprobs": 0}], "LIKELIEST"),
+        ([{"temperature": 0.0}, {}], "CHANCE"),
+        ([{}, {"top_k": 2}, {}], "ANYTHING"),
+        ([{"temperature": 0.0, "logprobs": 3}, {}], "ANYTHING"),
+    ],
+)
+def test_what_requests_ask_for(requests, wanted):
+    params = [SamplingParams(**request) for request in requests]
+    assert sampling.Wanted.by(params) is sampling.Wanted[wanted]
 
 
 def test_plain_sampling_is_not_greedy():
