@@ -155,7 +155,7 @@ def test_thinking_that_closed_itself_goes_on(engine):
     original = engine._programs.decode
     try:
         engine._programs = engine._programs._replace(
-            decode=lambda *args: _forcing(original, sample_ids, *args)
+            decode=lambda *args, **static: _forcing(original, sample_ids, *args, **static)
         )
         (done,) = engine.generate([prompt(9)], params)
     finally:
@@ -165,7 +165,7 @@ def test_thinking_that_closed_itself_goes_on(engine):
     assert "</think>" not in TOKENIZER.decode(done.token_ids[8:])
 
 
-def _forcing(decode, ids, leaves, pools, packed, *rest):
+def _forcing(decode, ids, leaves, pools, packed, *rest, **static):
     """A decode call that gives the first row these tokens instead of drawn ones."""
     from mmjax.engine.programs import FORCED, ROW_WORDS, STOPS
 
@@ -174,4 +174,4 @@ def _forcing(decode, ids, leaves, pools, packed, *rest):
         packed = packed.copy()
         packed[0, ROW_WORDS - FORCED - STOPS - 1] = len(given)
         packed[0, ROW_WORDS - FORCED : ROW_WORDS - FORCED + len(given)] = given
-    return decode(leaves, pools, packed, *rest)
+    return decode(leaves, pools, packed, *rest, **static)
