@@ -31,6 +31,10 @@ class TestGatedStepMosaicGpu(suites.GatedStepSuite):
     heads, dim = 8, 128
 
 
+class TestGatedStepOfNarrowHeadsMosaicGpu(TestGatedStepMosaicGpu):
+    heads, dim = 4, 64
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_stretches(packed, dtype):
