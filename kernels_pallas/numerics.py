@@ -17,6 +17,12 @@ def product(x: jax.Array) -> jax.Array:
     return marked
 
 
+def fill_rows(x: jax.Array, multiple: int) -> jax.Array:
+    """x [N, ...] with rows of zeros up to a multiple of so many."""
+    missing = -x.shape[0] % multiple
+    return jnp.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1))) if missing else x
+
+
 # Score of a key that a query does not see; its weight is set to zero besides.
 MASKED = -1e30
 

@@ -202,21 +202,21 @@ class Decoder(nnx.Module):
 
     def with_int8_experts(self) -> Decoder:
         """The same model, to serve, with the experts' matrices rounded to int8."""
-        model = nnx.merge(*nnx.split(self))
-        for _, node in nnx.iter_graph(model):
-            if isinstance(node, MoE):
-                node.round_experts()
-        return model
+        return self._with_each(MoE, MoE.round_experts)
 
     def with_fused_projections(self) -> Decoder:
         """The same model, to serve on one device, with one matrix for what reads a layer's input.
 
         Of an `unstacked` one: a decode step on a Hopper GPU then runs on kernels of its own.
         """
+        return self._with_each(Block, lambda block: block.attention.fuse_projections())
+
+    def _with_each[M: nnx.Module](self, kind: type[M], change: Callable[[M], None]) -> Decoder:
+        """A copy with every module of a kind changed."""
         model = nnx.merge(*nnx.split(self))
         for _, node in nnx.iter_graph(model):
-            if isinstance(node, Block):
-                node.fuse_projections()
+            if isinstance(node, kind):
+                change(node)
         return model
 
     def _layers(

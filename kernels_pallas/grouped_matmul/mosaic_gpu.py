@@ -33,7 +33,7 @@ from kernels_pallas.grouped_matmul.swiglu import (
     weighted_gate,
 )
 from kernels_pallas.hopper import Ref, tiled
-from kernels_pallas.numerics import product
+from kernels_pallas.numerics import fill_rows, product
 
 type Scalar = Any  # The scalars inside a kernel have no public type.
 type _Shaped = jax.Array | jax.ShapeDtypeStruct
@@ -284,7 +284,7 @@ def listed_ffn_mosaic_gpu(
     is no table to compute and the rows are not written out for each group.
     """
     count, turns = x.shape[0], groups.size
-    x = _pad_rows(x)
+    x = fill_rows(x, ROW_ALIGN)
     each = x.shape[0]
     up, down = (
         default_blocks(what, turns, turns, w.shape[2], cores)
@@ -311,7 +311,7 @@ def _grouped_rows(
 ) -> list[jax.Array]:
     """`_rows_kernel` on contiguous groups of rows."""
     rows = lhs[0].shape[0]
-    lhs = [_pad_rows(x) for x in lhs]
+    lhs = [fill_rows(x, ROW_ALIGN) for x in lhs]
     padded = lhs[0].shape[0]
     turns = _contiguous(group_sizes, padded, blocks.rows)
     outs = _rows_kernel(
@@ -419,7 +419,7 @@ def _matrices_kernel(
     lhs: jax.Array, d_out: jax.Array, group_sizes: jax.Array, blocks: Blocks, cores: int
 ) -> jax.Array:
     """lhsᵀ d_out over the rows of each group, [E, K, N]."""
-    lhs, d_out = _pad_rows(lhs), _pad_rows(d_out)
+    lhs, d_out = fill_rows(lhs, ROW_ALIGN), fill_rows(d_out, ROW_ALIGN)
     groups, tall, wide = group_sizes.shape[0], lhs.shape[1], d_out.shape[1]
     down, across = pl.cdiv(tall, blocks.rows), pl.cdiv(wide, blocks.columns)
 
@@ -484,11 +484,6 @@ def _matrices_kernel(
     left, right = (_LANES, blocks.rows), (1, _LANES, blocks.columns)
     run = _kernel(body, blocks, cores, [out], left, right)
     return run(lhs, d_out, jnp.cumsum(jnp.pad(group_sizes, (1, 0))))[0]
-
-
-def _pad_rows(x: jax.Array) -> jax.Array:
-    missing = -x.shape[0] % ROW_ALIGN
-    return jnp.pad(x, ((0, missing), (0, 0))) if missing else x
 
 
 def _kernel(

@@ -7,9 +7,20 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.numerics import fill_rows
 from kernels_pallas.row_norm.reference import row_norm_reference
 
 type _Step = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+def as_one_pool(
+    state: jax.Array, slots: jax.Array, layer: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """All layers' states [M, N, H, K, V] as one pool [M N, H, K, V], so that a step updates it
+    where it lies, and in it the entries of a layer's slots, -1 for idle rows.
+    """
+    entries = jnp.where(slots >= 0, layer * state.shape[1] + slots, -1)
+    return state.reshape(-1, *state.shape[2:]), entries
 
 
 def gated_step_through(step: _Step) -> _Step:
@@ -29,12 +40,9 @@ def gated_step_through(step: _Step) -> _Step:
         rows, (heads, dim) = slots.size, state.shape[2:4]
         qkv, gate = jnp.split(projected[:rows], [3 * heads * dim], axis=1)
         q, k, v = jnp.moveaxis(jax.nn.silu(qkv).reshape(rows, heads, 3, dim), 2, 0)
-        pool = state.reshape(-1, *state.shape[2:])
-        entries = jnp.where(slots >= 0, layer * state.shape[1] + slots, -1)
-        out, pool = step(q, k, v, decay, pool, entries)
+        out, pool = step(q, k, v, decay, *as_one_pool(state, slots, layer))
         normed = row_norm_reference(out.reshape(rows, -1), scale, eps)
-        gated = jnp.pad(jax.nn.sigmoid(gate) * normed, ((0, -rows % row_align), (0, 0)))
-        return gated, pool.reshape(state.shape)
+        return fill_rows(jax.nn.sigmoid(gate) * normed, row_align), pool.reshape(state.shape)
 
     return run
 

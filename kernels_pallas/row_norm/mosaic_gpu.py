@@ -51,20 +51,12 @@ def row_norm_mosaic_gpu(
     x: jax.Array, scale: jax.Array, eps: float, *, row_align: int = 1, interpret: Any = None
 ) -> jax.Array:
     """`row_norm`. Shapes as in the public function."""
-    rows, padded = x.shape[0], _align(x.shape[0], row_align)
 
-    def body(x_ref: Ref, scale_ref: Ref, out_ref: Ref) -> None:
-        def real_row(row: jax.Array) -> None:
-            x32 = _load(x_ref.at[row]).astype(jnp.float32)
-            out_ref[row] = _norm(x32, _load(scale_ref), eps, x.dtype)
+    def norm(row: jax.Array, x_ref: Ref, scale_ref: Ref) -> jax.Array:
+        x32 = _load(x_ref.at[row]).astype(jnp.float32)
+        return _norm(x32, _load(scale_ref), eps, x.dtype)
 
-        _each_row(real_row, rows, padded, out_ref)
-
-    lines = _in_lines(x)
-    shape = jax.ShapeDtypeStruct((padded, *lines.shape[1:]), x.dtype)
-    call = _rows_call(body, shape, "row_norm", padded, interpret)
-    normed: jax.Array = call(lines, _in_lines(scale))
-    return normed.reshape(padded, -1)
+    return _map_rows(norm, "row_norm", x, (scale,), row_align, interpret)
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "row_align", "interpret"))
@@ -87,25 +79,17 @@ def gated_row_norm_mosaic_gpu(
       row_align: As for `row_norm`.
       interpret: For tests.
     """
-    rows, padded = x.shape[0], _align(x.shape[0], row_align)
 
-    def body(x_ref: Ref, gates_ref: Ref, scale_ref: Ref, out_ref: Ref) -> None:
-        def real_row(row: jax.Array) -> None:
-            lines = x_ref.shape[1]
-            gate = _load(gates_ref.at[row, pl.ds(gates_ref.shape[1] - lines, lines)])
-            gate32 = 1 / (1 + jnp.exp2(-LOG2E * gate.astype(jnp.float32)))
-            gate32 = gate32.astype(x.dtype).astype(jnp.float32)
-            x32 = _load(x_ref.at[row]).astype(jnp.float32)
-            normed = _norm(x32, _load(scale_ref), eps, x.dtype)
-            out_ref[row] = (gate32 * normed.astype(jnp.float32)).astype(x.dtype)
+    def gated(row: jax.Array, x_ref: Ref, gates_ref: Ref, scale_ref: Ref) -> jax.Array:
+        lines = x_ref.shape[1]
+        gate = _load(gates_ref.at[row, pl.ds(gates_ref.shape[1] - lines, lines)])
+        gate32 = 1 / (1 + jnp.exp2(-LOG2E * gate.astype(jnp.float32)))
+        gate32 = gate32.astype(x.dtype).astype(jnp.float32)
+        x32 = _load(x_ref.at[row]).astype(jnp.float32)
+        normed = _norm(x32, _load(scale_ref), eps, x.dtype)
+        return (gate32 * normed.astype(jnp.float32)).astype(x.dtype)
 
-        _each_row(real_row, rows, padded, out_ref)
-
-    lines = _in_lines(x)
-    shape = jax.ShapeDtypeStruct((padded, *lines.shape[1:]), x.dtype)
-    call = _rows_call(body, shape, "gated_row_norm", padded, interpret)
-    gated: jax.Array = call(lines, _in_lines(gates), _in_lines(scale))
-    return gated.reshape(padded, -1)
+    return _map_rows(gated, "gated_row_norm", x, (gates, scale), row_align, interpret)
 
 
 @functools.partial(jax.jit, static_argnames=("scales", "eps", "top_k", "row_align", "interpret"))
@@ -186,6 +170,31 @@ def add_norm_route_mosaic_gpu(
 
 def _align(rows: int, row_align: int) -> int:
     return pl.cdiv(rows, row_align) * row_align
+
+
+def _map_rows(
+    compute: Callable[..., jax.Array],
+    name: str,
+    x: jax.Array,
+    others: Sequence[jax.Array],
+    row_align: int,
+    interpret: Any,
+) -> jax.Array:
+    """`compute(row, *refs of x and the others)` of each row of x [N, D], and zeros below."""
+    rows, padded = x.shape[0], _align(x.shape[0], row_align)
+
+    def body(*refs: Ref) -> None:
+        *ins, out_ref = refs
+
+        def real_row(row: jax.Array) -> None:
+            out_ref[row] = compute(row, *ins)
+
+        _each_row(real_row, rows, padded, out_ref)
+
+    operands = [_in_lines(a) for a in (x, *others)]
+    shape = jax.ShapeDtypeStruct((padded, *operands[0].shape[1:]), x.dtype)
+    result: jax.Array = _rows_call(body, shape, name, padded, interpret)(*operands)
+    return result.reshape(padded, -1)
 
 
 def _each_row(real_row: Callable[[jax.Array], None], rows: int, padded: int, out_ref: Ref) -> None:

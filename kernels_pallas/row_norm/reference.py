@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.numerics import fill_rows
+
 
 class Routed(NamedTuple):
     """Rows [N, D] after a residual sum, its norm, and where their tokens go.
@@ -31,7 +33,7 @@ def row_norm_reference(
     mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
     x32 = jnp.where(mean_square > 0, x32, 0)
     normed = (x32 * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype)
-    return _fill(normed * scale.astype(x.dtype)[None], row_align)
+    return fill_rows(normed * scale.astype(x.dtype)[None], row_align)
 
 
 def add_norm_route_reference(
@@ -57,8 +59,4 @@ def add_norm_route_reference(
     top, expert = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), top_k)
     share = (top / top.sum(-1, keepdims=True)).astype(x.dtype)
     expert = jnp.where(real[:, None], expert.astype(jnp.int32), router.shape[1])
-    return Routed(total, _fill(normed, row_align), logits, share, expert)
-
-
-def _fill(x: jax.Array, row_align: int) -> jax.Array:
-    return jnp.pad(x, ((0, -x.shape[0] % row_align), (0, 0)))
+    return Routed(total, fill_rows(normed, row_align), logits, share, expert)

@@ -125,7 +125,7 @@ def draw(
     seeds: jax.Array,
     drawn: Int32[Array, " B"],
     how: Draw,
-    wanted: Wanted = Wanted.ANYTHING,
+    wanted: Wanted,
 ) -> tuple[Int32[Array, " B"], Float32[Array, "B vocab"]]:
     """Draws one token a row, each row by parameters of its own.
 
@@ -146,11 +146,11 @@ def draw(
     """
     greedy = how.temperature == 0
     logp = jax.nn.log_softmax(logits / jnp.where(greedy, 1, how.temperature)[:, None], axis=-1)
-    filters = ~greedy & ((how.top_p < 1) | (how.top_k > 0) | (how.min_p > 0))
 
     def random() -> jax.Array:
         kept = logp
         if wanted is Wanted.ANYTHING:
+            filters = ~greedy & ((how.top_p < 1) | (how.top_k > 0) | (how.min_p > 0))
             kept = jax.lax.cond(jnp.any(filters), lambda: _filtered(logp, how), lambda: logp)
         keys = jax.vmap(jax.random.fold_in)(seeds, drawn.astype(jnp.uint32))
         return jnp.where(greedy[:, None], logp, kept + _noise(keys, logp.shape[1]))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
+from kernels_pallas.numerics import fill_rows
 from mmjax.cache import PagedCache
 from mmjax.config import ModelConfig
 from mmjax.layers import weights
@@ -39,9 +40,7 @@ class SoftmaxAttention(nnx.Module):
 
     def fuse_projections(self) -> None:
         """Keeps q, k and v as one matrix from here on, to serve: one product reads all three."""
-        parts = (self.q[...], self.k[...], self.v[...])
-        fused = jnp.concatenate([x.reshape(x.shape[0], -1) for x in parts], axis=1)
-        self.fused = nnx.Param(fused, axes=("d_model", None))
+        self.fused = weights.side_by_side(self.q, self.k, self.v)
         del self.q, self.k, self.v
 
     def __call__(
@@ -109,7 +108,7 @@ class SoftmaxAttention(nnx.Module):
         rows = len(angles)
         flat = [part[:rows, None] for part in self._products(x)]
         out, cache = _on_pages(self._with_heads(flat, angles), slots, cache, layer)
-        out = jnp.pad(out.reshape(rows, -1), ((0, -rows % weights.ROW_ALIGN), (0, 0)))
+        out = fill_rows(out.reshape(rows, -1), weights.ROW_ALIGN)
         return weights.project_in_parts(out, self.out[...]), cache
 
     def _project(self, x: jax.Array, angles: jax.Array) -> _QKV:

@@ -68,8 +68,7 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Cache | None, RouterStats]:
         """Runs the layer on h [B, T, D], updating its own part of the cache."""
         paged = isinstance(cache, PagedCache)
-        if paged and h.shape[1] == 1 and self._why_not_step(h) is None:
-            assert isinstance(cache, PagedCache)
+        if isinstance(cache, PagedCache) and self._why_not_step(h) is None:
             return self._step(h, cache, index, ctx)
         x = self.attention_norm(h)
         attended, cache = self._attend(x, cache, index, ctx)
@@ -79,16 +78,14 @@ class Block(nnx.Module):
         mixed, stats = self.moe(y, ctx.real, training=cache is None, skip=paged)
         return self._add_mixed(y, h, mixed), cache, stats
 
-    def fuse_projections(self) -> None:
-        """Keeps what reads x in the attention as one matrix from here on, to serve."""
-        self.attention.fuse_projections()
-
     def _add_mixed(self, y: jax.Array, h: jax.Array, mixed: jax.Array) -> jax.Array:
         alpha, beta = self.moe_scales
         return alpha * (y if self.postnorm else h) + beta * mixed
 
     def _why_not_step(self, h: jax.Array) -> str | None:
-        """Why a decode step of h [B, 1, D] does not run on kernels of its own."""
+        """Why h [B, T, D] is no decode step that runs on kernels of its own; None where it is."""
+        if h.shape[1] != 1:
+            return "it is more than a token a row"
         if self.attention.fused is None:
             return "its projections are not fused"
         return self.moe.why_not_routed_with_norm(h)

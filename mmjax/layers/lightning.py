@@ -72,9 +72,7 @@ class LightningAttention(nnx.Module):
 
     def fuse_projections(self) -> None:
         """Keeps qkv and gate as one matrix from here on, to serve: one product reads both."""
-        parts = (self.qkv[...], self.gate[...])
-        fused = jnp.concatenate([x.reshape(x.shape[0], -1) for x in parts], axis=1)
-        self.fused = nnx.Param(fused, axes=("d_model", None))
+        self.fused = weights.side_by_side(self.qkv, self.gate)
         del self.qkv, self.gate
 
     def __call__(
@@ -138,12 +136,12 @@ class LightningAttention(nnx.Module):
 
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
         """q, k, v [B, T, H, K], and the gates where they come with them."""
+        heads, dim = self.shape
         if self.fused is None:
             qkv, gate = weights.project(x, self.qkv[...]), None
         else:
-            heads, dim = self.shape
             qkv, gate = jnp.split(weights.project(x, self.fused[...]), [3 * heads * dim], axis=2)
-        qkv = jax.nn.silu(qkv).reshape(*x.shape[:2], self.shape[0], 3, self.shape[1])
+        qkv = jax.nn.silu(qkv).reshape(*x.shape[:2], heads, 3, dim)
         if x.shape[1] == 1 and dispatch.target().platform == "gpu":
             # One kernel lays them out one after another; a slice of each would be three.
             q, k, v = jax.lax.optimization_barrier(jnp.moveaxis(qkv, 3, 0))

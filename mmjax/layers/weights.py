@@ -59,6 +59,12 @@ def ones(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: str) -> nn
     return nnx.Param(jnp.ones(shape, dtype), axes=axes)
 
 
+def side_by_side(*params: nnx.Param[jax.Array]) -> nnx.Param[jax.Array]:
+    """Weights [D, *out] of one input as one matrix [D, all their outputs], to serve."""
+    matrices = [param[...].reshape(param.shape[0], -1) for param in params]
+    return nnx.Param(jnp.concatenate(matrices, axis=1), axes=("d_model", None))
+
+
 def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x times kernel in x.dtype with float32 accumulation.
 

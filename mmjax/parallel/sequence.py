@@ -38,6 +38,7 @@ from kernels_pallas import (
     write_pages,
 )
 from kernels_pallas.lightning_attention.clock import read_clock
+from kernels_pallas.lightning_attention.step import as_one_pool
 from kernels_pallas.numerics import einsum32
 from mmjax.cache import PagedCache
 from mmjax.layers.fused_softmax import self_attention
@@ -351,10 +352,8 @@ def _step_on_pool(
     slots: jax.Array,
     layer: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    # All layers' states as one pool, so that the step updates it where it lies.
-    pool = state.reshape(-1, *state.shape[2:])
-    slots = jnp.where(slots >= 0, layer * state.shape[1] + slots, -1)
-    out, pool = lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], decay, pool, slots=slots)
+    pool, entries = as_one_pool(state, slots, layer)
+    out, pool = lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], decay, pool, slots=entries)
     return out[:, None], pool.reshape(state.shape)
 
 
