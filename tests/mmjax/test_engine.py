@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import monitoring
 
+from kernels_pallas import dispatch
 from mmjax import Engine, RequestError, SamplingParams
 from mmjax.engine import RepetitionHalt
+from mmjax.engine.programs import decode_programs
 from mmjax.engine.sampling import Wanted
-from tests.mmjax.engines import CFG, ONE_LAYER, SIZES, prompt, small_engine, small_model
+from tests.mmjax.engines import CFG, ONE_LAYER, SIZES, SMALL, prompt, small_engine, small_model
 from tests.mmjax.programs import forward, random_model, small_config
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, logprobs=0, ignore_eos=True)
@@ -151,6 +154,29 @@ def test_programs_for_less_give_the_same(monkeypatch):
         got = run(engine)
     assert not compilations
     assert got == want
+
+
+def test_on_a_gpu_without_kernels(monkeypatch):
+    """Projections are fused there, and few rows have programs of their own; on its XLA forms."""
+    model = random_model(small_config(**SMALL))
+    params = [SamplingParams(6, temperature=0.0, seed=1), SamplingParams(6, seed=1)]
+    sizes = SIZES | {"max_slots": 1, "max_length": 64}
+
+    def run():
+        engine = Engine(model, **sizes)
+        names = {path[-1] for path, _ in nnx.to_flat_state(engine._unstack(nnx.state(model))[1])}
+        return names, [c.token_ids for p in params for c in engine.generate([prompt(40)], p)]
+
+    names, want = run()
+    assert "qkv" in names
+    gpu = dispatch.Target("gpu", "NVIDIA A100", 108)
+    monkeypatch.setattr(dispatch, "target", lambda *_: gpu)
+    names, got = run()
+    assert "fused" in names
+    assert not names & {"qkv", "q", "k", "v"}
+    assert got == want
+    assert decode_programs(16) == tuple(Wanted)
+    assert decode_programs(17) == (Wanted.ANYTHING,)
 
 
 def full_logprobs(model, ids, temperature=1.0):
