@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import shutil
 import signal
 import sys
@@ -199,6 +200,7 @@ class Job:
                 self.workdir, cfg.task, start, cfg.steps, silent=not distributed.is_primary()
             ) as metrics,
             self._catch_signals(),
+            _spared_by_collector() as spare,
         ):
             self.metrics = metrics
             if start:
@@ -216,6 +218,8 @@ class Job:
             while number < cfg.steps and not (finished or self.stop_signal or self.stop_reason):
                 self.state, values = step(self.state, next(data))
                 number += 1
+                if number == start + 1:
+                    spare()
                 flush()
                 pending = number, values
                 finished = finish_early(values)
@@ -275,6 +279,24 @@ class Job:
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
         return folder
+
+
+@contextmanager
+def _spared_by_collector() -> Iterator[Callable[[], None]]:
+    """Yields a call after which Python's collector leaves alone what there is by then.
+
+    Compiled programs leave some 600,000 objects. Sampling makes enough new ones for a collection
+    that looks through them all every few batches, and it stops a job for 0.3 to 0.5 s.
+    """
+
+    def spare() -> None:
+        gc.collect()
+        gc.freeze()
+
+    try:
+        yield spare
+    finally:
+        gc.unfreeze()
 
 
 def _with_activations(model: Decoder, dtype: str) -> Decoder:
