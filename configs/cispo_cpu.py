@@ -4,13 +4,14 @@
     python -m train --config=configs/cispo_cpu.py:cispo --workdir=runs/cispo_cpu/cispo
     python -m train.report runs/cispo_cpu/cispo
 
-The first job warms a fresh model up on sums and greatest common divisors, of which two thirds are
+The first job warms a fresh model up on sums and counts of letters, of which two thirds are
 answered without thinking. The second reinforces it: 4 updates a rollout batch, groups without a
 signal replaced, tasks drawn by pass rate, prompts that always pass retired, long answers penalised.
 `make demo` is the plainer run that was measured.
 
-Hardware and time: two CPU cores, about ten minutes for both. Expected: held-out accuracy of both
-tasks rises; not run yet.
+Hardware and time: two CPU cores (AMD EPYC), 2.5 minutes for the first job and 2 for the second.
+Expected: held-out accuracy over both tasks from 0.48 to 0.82 after 20 batches and 0.83 after 60, of
+sums from 0.36 to 1.00, of letters from 0.61 to 0.66, which a model of this size hardly spells.
 """
 
 from ml_collections import ConfigDict
@@ -31,13 +32,13 @@ def get_config(stage: str = "cispo") -> ConfigDict:
             "hidden_size": 96,
             "head_dim": 24,
             "rotary_dim": 12,
-            "vocab_size": 384,
+            "vocab_size": 512,
         }
     )
     config.data = ConfigDict(
         {
             "source": "reasoning",
-            "tasks": ("chain_sum", "gcd(max_value=50)"),
+            "tasks": ("chain_sum", "letter_counting(min_words=2, max_words=4)"),
             "size": 30000,
             "direct_share": 0.65,
             "sequence_length": 192,
@@ -49,7 +50,7 @@ def get_config(stage: str = "cispo") -> ConfigDict:
             "prompts_per_batch": 16,
             "samples_per_prompt": 16,
             "updates_per_batch": 4,
-            "max_prompt_tokens": 48,
+            "max_prompt_tokens": 96,
             "max_new_tokens": 64,
             "length_buckets": 2,
             "eval_problems": 256,

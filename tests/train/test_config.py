@@ -21,7 +21,13 @@ from train import config as job_config
 from train.batches import Batch
 from train.cispo import cispo_step
 from train.config import SourceConfig, build
-from train.data.reasoning import split_problems
+from train.data.reasoning import (
+    ReasoningProblems,
+    prompt_text,
+    split_problems,
+    worked_solution,
+    worked_texts,
+)
 from train.dpo import dpo_step
 from train.gin_overlay import apply_gin
 from train.optimizer import make_optimizer
@@ -29,6 +35,7 @@ from train.scaling.grid import runs_of
 from train.stages import resolve
 from train.state import init_state
 from train.step import language_step
+from train.tokenizing import job_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 VALID = {
@@ -313,6 +320,23 @@ def test_config_is_built_and_its_step_traced(module, stage):
         (x.shape, x.dtype) for x in jax.tree.leaves(state)
     ]
     assert all(x.shape == () for x in metrics.values())
+
+
+@pytest.mark.parametrize("name", ["cispo_cpu", "cispo_h200", "demo"])
+def test_prompts_and_worked_solutions_fit_what_reinforcement_allows(name, tmp_path):
+    module = importlib.import_module(f"configs.{name}")
+    warm_up, job = (build(module.get_config(stage)) for stage in ("sft", "cispo"))
+    size = 3000  # problems, to learn the tokenizer from as well
+    warm_up = dataclasses.replace(warm_up, data=dataclasses.replace(warm_up.data, size=size))
+    tokenizer = job_tokenizer(warm_up, tmp_path, worked_texts(warm_up))
+    problems = list(ReasoningProblems(warm_up.data.tasks, size, seed=1, held_out=True))
+    assert {problem.task for problem in problems} == set(warm_up.data.tasks)
+    assert {problem.task for problem in problems} == set(job.data.tasks)
+    for texts, most in (
+        ([prompt_text(problem) for problem in problems], job.cispo.max_prompt_tokens),
+        ([worked_solution(problem) for problem in problems], job.cispo.max_new_tokens),
+    ):
+        assert max(len(tokenizer.encode(text)) for text in texts) <= most
 
 
 def job_of(config):
