@@ -76,7 +76,7 @@ def job(stage: str, out: Path, **changes: object) -> JobConfig:
     config = ConfigDict(
         {
             "task": stage,
-            "steps": 1500 if stage == "sft" else STEPS,
+            "steps": 2500 if stage == "sft" else STEPS,
             "remat": "none",
             "log_every": 20,
             "model": MODEL,
