@@ -7,13 +7,15 @@ without it the peer's column stays empty. If it has TRL as well, one row more is
 `GRPOTrainer` with loss_type="cispo", on the same model, prompts, samples and tokens. Both sides run
 in the same call, one after the other, on all cores, float32, random weights of the same shapes. The
 peer's decode step is a 32nd of what 33 new tokens of `generate` take more than one; its CISPO step
-is `generate` and one AdamW step by hand. Prints a Markdown table.
+is `generate` and one AdamW step by hand. The CISPO steps of mmjax and TRL have a process each, with
+malloc set as a job sets it. Prints a Markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import platform
 import resource
 import statistics
@@ -129,6 +131,13 @@ print(json.dumps(statistics.median(steps)))
 """
 
 
+def tiny_model() -> Decoder:
+    """The same as the peers', with random weights."""
+    make = jax.jit(lambda: nnx.split(Decoder(ModelConfig.tiny(), rngs=nnx.Rngs(0), remat="none")))
+    graphdef, params = make()
+    return nnx.merge(graphdef, params)
+
+
 def measure(call: Callable[[], Any], repeats: int) -> tuple[float, float]:
     """Seconds of the first call (compilation included) and the median of the following ones."""
     times = []
@@ -174,8 +183,10 @@ def engine(model: Decoder, batch: int, steps: int = 128) -> float:
     return measure(lambda: server.generate([[1]] * batch, how), repeats=5)[1] / steps
 
 
-def cispo(model: Decoder) -> float:
+def cispo() -> float:
     """Seconds of one step: 8 prompts x 8 samples x 32 tokens rolled out, then one update."""
+    keep_freed_memory()
+    model = tiny_model()
     rl = CispoConfig(
         prompts_per_batch=8,
         samples_per_prompt=8,
@@ -216,16 +227,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--peer-python", help="interpreter with torch and transformers")
     args = parser.parse_args()
-    keep_freed_memory()
     peer = {}
     if args.peer_python:
         peer = run_peer(args.peer_python, f"LENGTHS = {LENGTHS}\n{_MODEL}{_PEER}")
         has_trl = "import importlib.util; print(int(bool(importlib.util.find_spec('trl'))))"
         if run_peer(args.peer_python, has_trl):
             peer["trl"] = run_peer(args.peer_python, _MODEL + _TRL)
-    make = jax.jit(lambda: nnx.split(Decoder(ModelConfig.tiny(), rngs=nnx.Rngs(0), remat="none")))
-    graphdef, params = make()
-    model = nnx.merge(graphdef, params)
+    model = tiny_model()
     print(f"{platform.machine()}, {jax.device_count()} device, jax {jax.__version__}\n")
     print("| what | mmjax | first call | transformers |\n|---|---|---|---|")
 
@@ -246,7 +254,8 @@ def main() -> None:
             key=f"decode {batch}",
         )
         row(f"step of the engine, batch {batch}", f"{engine(model, batch) * 1e3:.2f} ms")
-    row("CISPO step 8 x 8 x 32", f"{cispo(model) * 1e3:.0f} ms", key="cispo")
+    with multiprocessing.get_context("spawn").Pool(1) as process:
+        row("CISPO step 8 x 8 x 32", f"{process.apply(cispo) * 1e3:.0f} ms", key="cispo")
     if "trl" in peer:
         row("the same, beside TRL's GRPOTrainer", "", key="trl")
 
