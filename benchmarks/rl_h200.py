@@ -221,9 +221,10 @@ def print_modes(out: Path, steps: int, rate: float) -> None:
         seconds = sum(r[phase] for r in warm for phase in phases)
         rates = [sum(r[f"tokens_{k}"] for r in warm) / seconds for k in ("sampled", "trained")]
         staleness = statistics.mean(r["staleness/mean"] for r in warm)
-        accuracy = [r["eval/accuracy"] for r in records if "eval/accuracy" in r][-1]
+        first = records[0]["eval/initial_accuracy"]
+        last = [first, *(r["eval/accuracy"] for r in records if "eval/accuracy" in r)][-1]
         print(f"| {mode} | {seconds / len(warm):.2f} | {rates[0]:.0f} | {rates[1]:.0f} | ", end="")
-        print(f"{staleness:.2f} | {records[0]['eval/initial_accuracy']:.3f} → {accuracy:.3f} |")
+        print(f"{staleness:.2f} | {first:.3f} → {last:.3f} |")
 
 
 # Sampler against trainer.
