@@ -42,11 +42,11 @@ def run(cfg: JobConfig, workdir: Path) -> Job:
       cfg: With data.tasks; usually with init_from a fine-tuned model.
       workdir: Folder of the job.
     """
-    rl = cfg.cispo
-    if jax.process_count() > 1:
+    rl, apart = cfg.cispo, cfg.asynchronous
+    if jax.process_count() > 1 and (apart.max_staleness or apart.sampler_devices):
         raise ConfigError(
-            f"cispo samples in one process, not in {jax.process_count()}; start one process that "
-            "has all devices"
+            "asynchronous.max_staleness and sampler_devices are for one process, not for "
+            f"{jax.process_count()}; set both to 0, or start one process that has all devices"
         )
     if not cfg.init_from:
         raise ConfigError("cispo starts from a fine-tuned model: set init_from to its folder")

@@ -266,18 +266,15 @@ class Job:
                 pass
             case _:
                 return None
-        if jax.process_count() > 1:
-            if distributed.is_primary():
-                print(
-                    "several processes do not export; afterwards run the same command in one "
-                    f"process, a mesh of its devices and --config.checkpoint.export={layout}"
-                )
-            return None
         folder, unfinished = self.workdir / name, self.workdir / f"{name}.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if distributed.is_primary():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        distributed.wait_for_all("there is room to export")
         mmjax.save(self.model, unfinished, layout, tokenizer_from=self.workdir)
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
+        if distributed.is_primary():
+            shutil.rmtree(folder, ignore_errors=True)
+            unfinished.rename(folder)
+        distributed.wait_for_all("exported")
         return folder
 
 

@@ -17,10 +17,11 @@ from mmjax.engine.sample import CLOSING
 from mmjax.model import Decoder
 from mmjax.sharding import SERVING_RULES, param_shardings
 from mmjax.tokenizer import Tokenizer
+from train import distributed
 from train.cispo_config import SamplingConfig
 from train.config import JobConfig
 from train.data.reasoning import Problem, ReasoningProblems, prompt_text
-from train.rewards.scoring import score_completions
+from train.rewards.scoring import Score, score_completions
 
 # Samples that run at a time unless the config says otherwise.
 MAX_SLOTS = 512
@@ -270,7 +271,7 @@ def score(
     """The groups with their rewards.
 
     A reward that raises costs its own sample alone. What comes near the limit loses some, see
-    `overlong_penalty`.
+    `overlong_penalty`. Several processes share the scoring.
 
     Args:
       groups: From the sampler.
@@ -279,13 +280,15 @@ def score(
       sampling: For the penalty.
       limit: Longest completion.
     """
-    asked = [problems[group.problem] for group in groups for _ in group.reasons]
-    texts = [text for group in groups for text in texts_of(group, tokenizer)]
-    finished = [bool(f) for group in groups for f in group.finished]
+    share = range(jax.process_index(), len(groups), jax.process_count())
+    asked = [problems[groups[i].problem] for i in share for _ in groups[i].reasons]
+    texts = [text for i in share for text in texts_of(groups[i], tokenizer)]
+    finished = [bool(f) for i in share for f in groups[i].finished]
     scores = iter(score_completions(problems, asked, texts, finished))
+    scored = distributed.union({str(i): [next(scores) for _ in groups[i].reasons] for i in share})
     done = []
-    for group in groups:
-        mine = [next(scores) for _ in group.reasons]
+    for i, group in enumerate(groups):
+        mine = [Score(*values) for values in scored[str(i)]]
         components = {
             name: np.array([s.components[name] for s in mine], np.float32)
             for name in mine[0].components

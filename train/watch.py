@@ -14,6 +14,7 @@ import numpy as np
 from mmjax.tokenizer import Tokenizer
 from train.cispo_config import AlertsConfig
 from train.data.reasoning import ReasoningProblems
+from train.distributed import is_primary
 from train.rollout import Group, passed, texts_of
 
 # Groups of a batch, and held-out problems, of which transcripts are kept.
@@ -131,7 +132,7 @@ class Health:
 
 
 class Transcripts:
-    """Samples of each step as lines of `transcripts.jsonl`.
+    """Samples of each step as lines of `transcripts.jsonl`, of several processes by the first.
 
     Args:
       workdir: Folder of the job.
@@ -140,12 +141,13 @@ class Transcripts:
     """
 
     def __init__(self, workdir: Path, start: int) -> None:
-        path = workdir / "transcripts.jsonl"
+        self._path = path = workdir / "transcripts.jsonl"
+        if not is_primary():
+            return
         kept = [x for x in read_transcripts(workdir) if 0 < start >= x["step"]]
         replacement = path.with_suffix(".tmp")
         replacement.write_text("".join(json.dumps(x) + "\n" for x in kept))
         os.replace(replacement, path)
-        self._path = path
 
     def write(
         self,
@@ -164,6 +166,8 @@ class Transcripts:
           problems: What they count in.
           tokenizer: For the texts.
         """
+        if not is_primary():
+            return
         some = groups[: _EVALUATED if kind == "held-out" else _TRANSCRIBED]
         with self._path.open("a") as file:
             for group in some:

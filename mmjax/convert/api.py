@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
@@ -59,7 +60,8 @@ def load(
     variables = by_name(state)
     shardings = None if mesh is None else _shardings(state, mesh, rules)
     for name, array in params.arrays(shardings):
-        variables[name] = variables[name].replace(jax.device_put(array))
+        placed = array if isinstance(array, jax.Array) else jax.device_put(array)
+        variables[name] = variables[name].replace(placed)
     paths = [path for path, _ in nnx.to_flat_state(state)]
     return nnx.merge(structure, nnx.from_flat_state(zip(paths, variables.values(), strict=True)))
 
@@ -73,7 +75,8 @@ def save(
     """Writes a model folder, whole or not at all.
 
     Args:
-      model: On one device or on a mesh of this process.
+      model: On one device or on a mesh. Where several processes share that, each of them makes
+        this call, and the first one writes; not in layout "orbax".
       path: A folder that does not exist yet, or an empty one.
       layout: "hf" (the released names) | "hf-native" (transformers' own) | "orbax".
       tokenizer_from: A model folder whose tokenizer and generation files are copied.
@@ -224,14 +227,37 @@ def _check_layout(layout: str) -> None:
 
 def _write(params: Params, path: Path, layout: Layout, companions: Path | None) -> None:
     if jax.process_count() > 1:
-        raise CheckpointError(path, ["model folders are written by one process, not by several"])
+        _write_together(params, path, layout, companions)
+        return
     with write.new_folder(path) as folder:
         if layout == "orbax":
             from mmjax.convert.orbax_folder import write_orbax  # late: Orbax is slow to import
 
             write_orbax(params, folder)
         else:
-            output = _output(params, layout, write.SHARD_BYTES)
-            stream.write_all(output, folder, workers=stream.WORKERS if params.threads else 1)
+            _fill(_output(params, layout, write.SHARD_BYTES), params, folder)
         if companions is not None:
             write.copy_companions(companions, folder)
+
+
+def _fill(output: stream.Output, params: Params, folder: Path) -> None:
+    stream.write_all(output, folder, workers=stream.WORKERS if params.threads else 1)
+
+
+def _write_together(params: Params, path: Path, layout: Layout, companions: Path | None) -> None:
+    """The first process writes; all of them bring it the numbers, in the same order."""
+    if layout == "orbax":
+        raise CheckpointError(path, ["several processes write hf or hf-native, not orbax"])
+    write.check_destination(path)
+    output = _output(params, layout, write.SHARD_BYTES)
+    multihost_utils.sync_global_devices(f"{path} is free")
+    if jax.process_index():
+        for unit in output.units:
+            for part in unit.parts:
+                part()
+    else:
+        with write.new_folder(path) as folder:
+            _fill(output, params, folder)
+            if companions is not None:
+                write.copy_companions(companions, folder)
+    multihost_utils.sync_global_devices(f"{path} is whole")

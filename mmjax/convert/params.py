@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from mmjax.config import ModelConfig
 from mmjax.convert.errors import CheckpointError
@@ -106,7 +106,10 @@ class ModelParams(Params):
         array = self._arrays[param]
         spans = [range(size)[cut] for size, cut in zip(array.shape, index, strict=True)]
         starts = tuple(np.int32(span.start) for span in spans)
-        return np.asarray(_cut(array, starts, tuple(map(len, spans))))
+        where = None
+        if not array.is_fully_addressable:
+            where = NamedSharding(array.sharding.mesh, PartitionSpec())
+        return np.asarray(_cut(array, starts, tuple(map(len, spans)), where))
 
     def arrays(self, shardings: Mapping[str, Sharding] | None) -> Iterator[tuple[str, AnyArray]]:
         """Every parameter where it is."""
@@ -114,7 +117,13 @@ class ModelParams(Params):
         yield from self._arrays.items()
 
 
-@partial(jax.jit, static_argnames="sizes")
-def _cut(array: jax.Array, starts: tuple[Any, ...], sizes: tuple[int, ...]) -> jax.Array:
+@partial(jax.jit, static_argnames=("sizes", "where"))
+def _cut(
+    array: jax.Array,
+    starts: tuple[Any, ...],
+    sizes: tuple[int, ...],
+    where: NamedSharding | None,
+) -> jax.Array:
     # The place is traced, so that one program serves all layers of a parameter.
-    return jax.lax.dynamic_slice(array, starts, sizes)
+    cut = jax.lax.dynamic_slice(array, starts, sizes)
+    return cut if where is None else jax.lax.with_sharding_constraint(cut, where)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import random
 import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from kernels_pallas import dispatch
@@ -54,7 +56,8 @@ type Prompt = str | Sequence[int] | np.ndarray | ImagePrompt
 class Engine:
     """Runs requests side by side; they join and leave between bursts of decode steps.
 
-    Not safe for several threads: one thread calls everything.
+    Not safe for several threads: one thread calls everything. On a mesh of several processes each
+    of them has an engine and makes the same calls in the same order; all get the same outputs.
 
     Args:
       model: The decoder; on a mesh the engine runs on that mesh.
@@ -110,7 +113,8 @@ class Engine:
                 self._features = Features(self.cfg.vision, self._run_tower)
             longest = min(max_length or 32768, self.cfg.max_position_embeddings)
             width = -(-longest // page_size)
-            pages = num_pages or min(max_slots * width, _affordable_pages(self.cfg, page_size))
+            affordable = _of_all(np.int32(_affordable_pages(self.cfg, page_size)), self._mesh).min()
+            pages = num_pages or min(max_slots * width, int(affordable))
             self.max_length = min(longest, pages * page_size)
             self._memory = Memory(
                 self.cfg,
@@ -125,6 +129,8 @@ class Engine:
         self._waiting: list[Sample] = []
         self._running: list[Sample] = []
         self._seeds: dict[str, int] = {}
+        entropy = np.frombuffer(secrets.token_bytes(16), np.int32)
+        self._random = random.Random(_of_all(entropy, self._mesh)[0].tobytes())
         self._samples: dict[str, list[Sample]] = {}
         self._ended: list[Output] = []
         self._arrivals = 0
@@ -160,7 +166,7 @@ class Engine:
         if name in self._samples:
             raise RequestError(f"request {name!r} is still running; choose another request_id")
         request = Request(name, ids, params, self._stop_ids(params), self._schedule, images)
-        self._seeds[name] = secrets.randbits(63) if params.seed is None else params.seed
+        self._seeds[name] = self._random.getrandbits(63) if params.seed is None else params.seed
         samples = [
             Sample.create(request, index, self._arrivals + index, self.tokenizer)
             for index in range(params.n)
@@ -665,6 +671,13 @@ def _mesh_of(model: Decoder) -> Mesh | None:
         assert isinstance(sharding.mesh, Mesh)
         return sharding.mesh
     return None
+
+
+def _of_all(value: Any, mesh: Mesh | None) -> np.ndarray:
+    """The arrays that the processes of a mesh have, in one, the first process's first."""
+    if mesh is None or not mesh.is_multi_process:
+        return np.asarray(value)[None]
+    return np.asarray(multihost_utils.process_allgather(value))
 
 
 def _unstacker(model: Decoder, mesh: Mesh | None, int8_experts: bool) -> Any:

@@ -44,9 +44,13 @@ class Pools(NamedTuple):
         """Pools of zeros, spread over the mesh in force."""
         kv = (cfg.kinds.count(SOFTMAX), pages, cfg.num_kv_heads, page_size, cfg.head_dim)
         state = (cfg.kinds.count(LIGHTNING), states, cfg.num_heads, cfg.head_dim, cfg.head_dim)
-        return cls(
-            jnp.zeros(kv, cfg.dtype), jnp.zeros(kv, cfg.dtype), jnp.zeros(state, jnp.float32)
-        )._pinned()
+
+        def make() -> Pools:
+            keys, values = jnp.zeros(kv, cfg.dtype), jnp.zeros(kv, cfg.dtype)
+            return cls(keys, values, jnp.zeros(state, jnp.float32))._pinned()
+
+        # Compiled, so that no device of a mesh ever holds all of them.
+        return jax.jit(make)()
 
     def _pinned(self) -> Pools:
         kv = (None, None, "kv_heads", None, None)
@@ -242,7 +246,7 @@ def _features(
     """`Vision.features` of tiles [N, S, S, 3]."""
     vision = _model(graphdef, treedef, leaves).vision
     assert vision is not None
-    return vision.features(tiles)
+    return _whole(vision.features(tiles))
 
 
 def _decode(
@@ -345,7 +349,13 @@ def _decode(
     end = jax.lax.while_loop(lambda s: (s.step < steps) & ~jnp.all(s.done), looks, start)
     bits = jax.lax.bitcast_convert_type(end.logprobs, jnp.int32)
     words = jnp.concatenate([end.gained[None], end.run[None], end.tokens, bits]).T
-    return end.pools._pinned(), Burst(words, end.top_ids, end.top_logprobs)
+    drawn = Burst(words, end.top_ids, end.top_logprobs)
+    return end.pools._pinned(), jax.tree.map(_whole, drawn)
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """On every device of a mesh, so that each of its processes can read it."""
+    return constrain(x, *[None] * x.ndim)
 
 
 def _steps_a_look() -> int:
@@ -392,7 +402,8 @@ class Moved(NamedTuple):
 @jax.jit
 def extract(pools: Pools, slot: jax.Array, pages: jax.Array) -> Moved:
     """A row's state and MOVED_PAGES of its pages; any page where there are fewer."""
-    return Moved(pools.keys[:, pages], pools.values[:, pages], pools.state[:, slot])
+    moved = Moved(pools.keys[:, pages], pools.values[:, pages], pools.state[:, slot])
+    return jax.tree.map(_whole, moved)
 
 
 @partial(jax.jit, donate_argnums=0)

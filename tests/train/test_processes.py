@@ -1,24 +1,36 @@
-"""One job in two processes: it trains, stops and resumes as it would in one."""
+"""One job in several processes: it trains, stops and resumes as it would in one."""
 
 import json
-import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+import mmjax
 from mmjax.config import ConfigError
+from tests.mmjax.programs import random_model, small_config
+from tests.processes import end as end_of
+from tests.processes import start as processes_of
 from tests.train.test_resume import MODEL, ROOT, last_checkpoint, lines
 from train import distributed
+from train.data.reasoning import ReasoningProblems, prompt_text
 from train.data.tokenizer import train_tokenizer
+from train.metrics import read_metrics
+from train.watch import read_transcripts
 
 pytestmark = pytest.mark.slow
 
 STEPS = 14
+
+
+def write_config(folder, config):
+    (folder / "job.py").write_text(
+        "from ml_collections import ConfigDict\n\n\n"
+        f"def get_config():\n    return ConfigDict({config!r})\n"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +52,7 @@ def job(tmp_path_factory):
         },
     }
     train_tokenizer(["def return self import"], 300).save(folder)
-    (folder / "job.py").write_text(
-        "from ml_collections import ConfigDict\n\n\n"
-        f"def get_config():\n    return ConfigDict({config!r})\n"
-    )
+    write_config(folder, config)
     return folder
 
 
@@ -65,46 +74,19 @@ runpy.run_module("train", run_name="__main__", alter_sys=True)
 """
 
 
-def start(job, workdir, mesh, processes=1, dying=()):
-    """The processes of a job on 8 CPU devices.
-
-    dying: Step whose checkpoint is not to be finished, and a file that tells that it is written.
-    """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+def start(job, workdir, mesh, processes=1, program=("-m", "train")):
+    """The processes of a job on 8 CPU devices."""
     axes = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
-    program = ["-c", DYING, *map(str, dying)] if dying else ["-m", "train"]
-    flags = [f"--config={job / 'job.py'}", f"--workdir={workdir}"]
-    command = [sys.executable, *program, *flags]
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(8 // processes),
-        "JAX_COMPILATION_CACHE_DIR": str(job / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    if processes > 1:
-        env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
-    return [
-        subprocess.Popen(
-            command + axes,
-            cwd=ROOT,
-            env=env | ({"JAX_PROCESS_ID": str(i)} if processes > 1 else {}),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(processes)
-    ]
+    flags = [f"--config={job / 'job.py'}", f"--workdir={workdir}", *axes]
+    pipes = {"stderr": subprocess.PIPE}
+    cache = job / "compiled"
+    return processes_of([*program, *flags], processes=processes, devices=8, cache=cache, **pipes)
 
 
 def end(running):
     """Exit codes, and what the processes said."""
-    try:
-        said = [process.communicate(timeout=240)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    return [process.returncode for process in running], "\n".join(said)
+    codes, said = end_of(running)
+    return codes, "\n".join(error for _, error in said)
 
 
 def losses(workdir):
@@ -139,7 +121,8 @@ def test_processes_stop_and_are_killed_in_a_save_and_others_go_on_with_another_m
     assert stopped == lines(workdir) < STEPS
 
     dies_at, saving = (stopped // 2 + 2) * 2, job / "saving"
-    running = start(job, workdir, mesh, processes=4, dying=(f"/{dies_at}", saving))
+    dying = ("-c", DYING, f"/{dies_at}", str(saving))
+    running = start(job, workdir, mesh, processes=4, program=dying)
     while not saving.exists() and all(process.poll() is None for process in running):
         time.sleep(0.01)
     for process in running:
@@ -155,6 +138,101 @@ def test_processes_stop_and_are_killed_in_a_save_and_others_go_on_with_another_m
     assert "was not finished when its job ended; it is removed" in said
     np.testing.assert_allclose(losses(workdir), losses(job / "straight"), rtol=1e-4)
     assert place_in_data(workdir) == place_in_data(job / "straight")
+
+
+# Reinforcement whose rewards random weights can earn; which process gives one does not matter.
+PARITY = """
+import runpy
+from train import rollout
+from train.rewards.scoring import Score
+
+def parity(_, asked, texts, finished):
+    return [Score(len(t) % 2.0, False, {"correct": len(t) % 2.0}) for t in texts]
+
+rollout.score_completions = parity
+runpy.run_module("train", run_name="__main__", alter_sys=True)
+"""
+BATCHES = 4
+
+
+@pytest.fixture(scope="module")
+def reinforcement(tmp_path_factory):
+    """A folder with a model and the config that goes on from it."""
+    folder = tmp_path_factory.mktemp("reinforcement")
+    problems = ReasoningProblems(("chain_sum",), 100, 1)
+    train_tokenizer([prompt_text(p) for p in problems], 300).save(folder)
+    sizes = {k: v for k, v in MODEL.items() if k not in ("num_heads", "num_kv_heads")}
+    shape = sizes | {"num_heads": 4, "num_kv_heads": 2}
+    mmjax.save(random_model(small_config(**shape)), folder / "model", "hf", tokenizer_from=folder)
+    config = {
+        "task": "cispo",
+        "steps": BATCHES,
+        "remat": "none",
+        "init_from": str(folder / "model"),
+        "model": shape,
+        "data": {"source": "reasoning", "tasks": ("chain_sum",), "size": 40},
+        "cispo": {
+            "prompts_per_batch": 8,
+            "samples_per_prompt": 2,
+            "updates_per_batch": 2,
+            "max_prompt_tokens": 96,
+            "max_new_tokens": 6,
+            "eval_every": 2,
+            "eval_problems": 6,
+        },
+        "sampling": {"rounds": 2},
+        "checkpoint": {"every": 1, "export": "hf"},
+    }
+    write_config(folder, config)
+    return folder
+
+
+def test_two_processes_reinforce_as_one_does(reinforcement):
+    """Sampling, scoring, updates and the exported model; one of the two is stopped on the way."""
+    mesh, program = {"data": 2, "expert": 2, "model": 2}, ("-c", PARITY)
+    straight, workdir = reinforcement / "straight", reinforcement / "two"
+    codes, said = end(start(reinforcement, straight, mesh, program=program))
+    assert codes == [0], said
+
+    running = start(reinforcement, workdir, mesh, processes=2, program=program)
+    wait_for(running, workdir, 1)
+    running[1].send_signal(signal.SIGTERM)
+    codes, said = end(running)
+    assert codes == [128 + signal.SIGTERM] * 2, said
+    assert last_checkpoint(workdir) < BATCHES
+    codes, said = end(start(reinforcement, workdir, mesh, processes=2, program=program))
+    assert codes == [0, 0], said
+
+    rows = [read_metrics(folder) for folder in (workdir, straight)]
+    for mine, other in zip(*rows, strict=True):
+        for name in ("reward", "length", "groups_sampled", "tokens_trained"):
+            assert mine[name] == other[name]
+        np.testing.assert_allclose(mine["loss"], other["loss"], rtol=1e-3)
+        assert mine["probability/log_difference_max"] < 1e-4
+    assert [x["text"] for x in read_transcripts(workdir)] == [
+        x["text"] for x in read_transcripts(straight)
+    ]
+    # AdamW's first steps divide small gradients by themselves, rounding and all.
+    files = [sorted((folder / "model").glob("*.safetensors")) for folder in (workdir, straight)]
+    for mine, other in zip(*files, strict=True):
+        tensors, expected = load_file(mine), load_file(other)
+        assert tensors.keys() == expected.keys()
+        for name, x in tensors.items():
+            np.testing.assert_allclose(x, expected[name], atol=1e-4, err_msg=name)
+    start_of = load_file(next((reinforcement / "model").glob("*.safetensors")))
+    assert any(np.abs(x - start_of[name]).max() > 1e-3 for name, x in tensors.items())
+
+
+def test_processes_refuse_to_sample_beside_training(reinforcement):
+    apart = ["--config.asynchronous.max_staleness=1", "--config.asynchronous.sampler_devices=4"]
+    flags = [f"--config={reinforcement / 'job.py'}", f"--workdir={reinforcement / 'apart'}", *apart]
+    pipes = {"stderr": subprocess.PIPE}
+    cache = reinforcement / "compiled"
+    codes, said = end(
+        processes_of(["-m", "train", *flags], processes=2, devices=8, cache=cache, **pipes)
+    )
+    assert 0 not in codes
+    assert "are for one process, not for 2; set both to 0" in said
 
 
 @pytest.mark.parametrize(
