@@ -17,8 +17,7 @@ load-balancing loss weighs less than Text-01's, by how much is not published: se
 The stage "cispo" has what the report gives of M1's reinforcement: AdamW's constants, 16 updates a
 rollout batch, groups without a signal replaced, the length penalty, the halt after 3,000 tokens
 likelier than 0.99, windows of 40K to 80K, no KL, no lower bound, rule-checked tasks first. What it
-does not give is ours and marked so. The job samples in one process, and 512 chips have many: as it
-stands it is for reading and for tracing.
+does not give is ours and marked so.
 
 Hardware and time: 512 chips of TPU v5p (v5p:8x8x8), counted, not run: docs/plan.md has the memory,
 the roofline and the price. Expected: a loss that goes on falling; nobody has run this
