@@ -297,6 +297,33 @@ def active_mesh() -> AbstractMesh | None:
     return mesh if _ours(mesh) and mesh.size > 1 else None
 
 
+def replicas(mesh: Mesh) -> list[Mesh]:
+    """The parts of a mesh along `data`: each holds a whole model, if that is not spread over it."""
+    return [
+        Mesh(mesh.devices[i : i + 1], mesh.axis_names, axis_types=mesh.axis_types)
+        for i in range(mesh.shape["data"])
+    ]
+
+
+def on_replica(params: nnx.State, replica: Mesh) -> nnx.State:
+    """Parameters as they lie on a replica already, without a copy.
+
+    Args:
+      params: On the whole mesh, not spread over `data`.
+      replica: One of `replicas`, with a device of this process.
+    """
+    devices = set(replica.devices.flat)
+
+    def part(x: jax.Array) -> jax.Array:
+        assert isinstance(x.sharding, NamedSharding)
+        where = NamedSharding(replica, x.sharding.spec)
+        shards = [shard.data for shard in x.addressable_shards if shard.device in devices]
+        return jax.make_array_from_single_device_arrays(x.shape, where, shards)
+
+    placed: nnx.State = jax.tree.map(part, params)
+    return placed
+
+
 def _ours(mesh: AbstractMesh) -> bool:
     return set(MESH_AXES) <= set(mesh.axis_names) and not mesh.manual_axes
 

@@ -6,16 +6,11 @@ be reached only after more batches than the staleness allows; that alone bounds 
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from train.config import JobConfig
-from train.rollout import Asked, Group, Sampler
+from train.rollout import Asked, Group, Sampler, pack_group, unpack_group
 
 
 class Pipeline:
@@ -98,31 +93,3 @@ class Pipeline:
             self._queue[x.number] = x
             if isinstance(x, Asked):
                 self._sampler.add(x)
-
-
-def pack_group(group: Group) -> str:
-    """A group as text, to the bit."""
-    arrays = {k: v for k, v in group._asdict().items() if isinstance(v, np.ndarray)}
-    arrays |= {f"component/{name}": x for name, x in group.components.items()}
-    rest = [group.number, group.problem, list(group.reasons), group.failures]
-    arrays["rest"] = np.array(json.dumps(rest))
-    file = io.BytesIO()
-    np.savez_compressed(file, allow_pickle=False, **arrays)
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def unpack_group(text: str) -> Group:
-    """The inverse of `pack_group`."""
-    with np.load(io.BytesIO(base64.b64decode(text))) as file:
-        arrays = dict(file)
-    number, problem, reasons, failures = json.loads(str(arrays.pop("rest")))
-    names = [name for name in arrays if name.startswith("component/")]
-    components = {name.removeprefix("component/"): arrays.pop(name) for name in names}
-    return Group(
-        number=number,
-        problem=problem,
-        reasons=tuple(reasons),
-        failures=failures,
-        components=components,
-        **arrays,
-    )

@@ -116,7 +116,8 @@ class SamplingConfig:
       retire_pass_rate: Prompts that passed at least so often are not drawn again
         (no-positive-resampling, ScaleRL: 0.9); above 1 for none.
       retire_after: Samples of a prompt before it can be retired.
-      slots: Samples that run at a time; 0 for those of a batch, 512 at most.
+      slots: Samples that run at a time, on all parts of the mesh along `data` together; 0 for those
+        of a batch, 512 a part at most.
       windows: Stages of the longest completion, ascending, instead of max_new_tokens alone, which
         must be the last of them (M1: 40K to 80K in six).
       window_share: A stage ends when the 99th percentile of lengths is at least this share of it,

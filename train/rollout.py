@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
+import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -15,7 +19,7 @@ from mmjax.chat import THINK_END
 from mmjax.engine import Completion, Engine, RepetitionHalt, RequestError, SamplingParams
 from mmjax.engine.sample import CLOSING
 from mmjax.model import Decoder
-from mmjax.sharding import SERVING_RULES, param_shardings
+from mmjax.sharding import SERVING_RULES, on_replica, param_shardings, replicas
 from mmjax.tokenizer import Tokenizer
 from train import distributed
 from train.cispo_config import SamplingConfig
@@ -64,6 +68,34 @@ class Group(NamedTuple):
         return bool(self.rewards.max() > self.rewards.min())
 
 
+def pack_group(group: Group) -> str:
+    """A group as text, to the bit."""
+    arrays = {k: v for k, v in group._asdict().items() if isinstance(v, np.ndarray)}
+    arrays |= {f"component/{name}": x for name, x in group.components.items()}
+    rest = [group.number, group.problem, list(group.reasons), group.failures]
+    arrays["rest"] = np.array(json.dumps(rest))
+    file = io.BytesIO()
+    np.savez_compressed(file, allow_pickle=False, **arrays)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def unpack_group(text: str) -> Group:
+    """The inverse of `pack_group`."""
+    with np.load(io.BytesIO(base64.b64decode(text))) as file:
+        arrays = dict(file)
+    number, problem, reasons, failures = json.loads(str(arrays.pop("rest")))
+    names = [name for name in arrays if name.startswith("component/")]
+    components = {name.removeprefix("component/"): arrays.pop(name) for name in names}
+    return Group(
+        number=number,
+        problem=problem,
+        reasons=tuple(reasons),
+        failures=failures,
+        components=components,
+        **arrays,
+    )
+
+
 class Asked(NamedTuple):
     """A group to sample: its number, negative outside training; its problem; the prompt's ids; how
     to sample.
@@ -85,13 +117,17 @@ class _Running:
 
 
 class Sampler:
-    """The job's engine, built once; it takes new weights before each batch or at any time.
+    """The job's engines, built once; they take new weights before each batch or at any time.
+
+    There is one for each part of the mesh along `data`, and each samples its share of the groups.
+    Of several processes, each runs the engines that its devices have a part in; it adds all groups
+    nevertheless, and gets all of them from `sample`.
 
     Args:
       model: With the weights to begin with; its structure stays.
       tokenizer: Of the model; None where prompts are ids and nothing is interrupted.
       cfg: Of the job.
-      mesh: Where the engine lies; weights are moved there, whatever mesh they come from.
+      mesh: Where the engines lie; weights are moved there, whatever mesh they come from.
     """
 
     def __init__(
@@ -99,20 +135,34 @@ class Sampler:
     ) -> None:
         rl = cfg.cispo
         self._tokenizer, self.version = tokenizer, 0
-        self._mesh, self._rl, self._sampling = mesh, rl, cfg.sampling
+        self._rl, self._sampling = rl, cfg.sampling
         graphdef, params = nnx.split(model)
         self._where = param_shardings(params, mesh, SERVING_RULES)
-        with jax.set_mesh(mesh):
-            self._engine = Engine(
-                nnx.merge(graphdef, jax.device_put(params, self._where)),
+        parts = replicas(mesh)
+        self._count, here = len(parts), jax.process_index()
+        self._replicas = {
+            i: part
+            for i, part in enumerate(parts)
+            if any(device.process_index == here for device in part.devices.flat)
+        }
+        most = min(rl.prompts_per_batch * rl.samples_per_prompt, MAX_SLOTS * self._count)
+        prompts = -(-rl.prompts_per_batch // self._count)
+        moved = jax.device_put(params, self._where)
+        self._engines = {
+            i: Engine(
+                nnx.merge(graphdef, on_replica(moved, part)),
                 tokenizer,
-                max_slots=cfg.sampling.slots
-                or min(rl.prompts_per_batch * rl.samples_per_prompt, MAX_SLOTS),
+                max_slots=-(-(cfg.sampling.slots or most) // self._count),
                 max_length=rl.max_prompt_tokens + rl.max_new_tokens,
                 prefill_chunk=_PREFILL,
                 prefix_block=_PREFILL,
-                num_prefixes=rl.prompts_per_batch,
+                num_prefixes=prompts,
             )
+            for i, part in self._replicas.items()
+        }
+        # Side by side, as each waits for its devices; collectives of processes need one order.
+        together = any(part.is_multi_process for part in parts)
+        self._pool = None if together or len(self._engines) == 1 else ThreadPoolExecutor()
         self._running: dict[str, _Running] = {}
         self._aside: list[Group] = []
 
@@ -124,8 +174,8 @@ class Sampler:
           version: Their number.
         """
         moved = jax.device_put(params, self._where, may_alias=False)
-        with jax.set_mesh(self._mesh):
-            self._engine.update(moved)
+        for i, engine in self._engines.items():
+            engine.update(on_replica(moved, self._replicas[i]))
         self.version = version
 
     def add(self, asked: Asked) -> None:
@@ -139,15 +189,18 @@ class Sampler:
                 f"a prompt takes {len(asked.prompt)} tokens, cispo.max_prompt_tokens is "
                 f"{self._rl.max_prompt_tokens}"
             )
+        engine = self._engines.get(asked.number % self._count)
+        if engine is None:
+            return
         name = str(asked.number)
-        self._engine.add(asked.prompt, asked.params, request_id=name)
+        engine.add(asked.prompt, asked.params, request_id=name)
         done = [Completion(name, i, logprobs=[]) for i in range(asked.params.n)]
         self._running[name] = _Running(asked, done, [[] for _ in done])
 
     def step(self) -> list[Group]:
-        """A round of the engine's work; groups that are finished, not scored."""
-        with jax.set_mesh(self._mesh):
-            outputs = self._engine.step()
+        """A round of the engines' work; groups that are finished, not scored."""
+        run = map if self._pool is None else self._pool.map
+        outputs = [o for each in run(Engine.step, self._engines.values()) for o in each]
         for output in outputs:
             running = self._running[output.request_id]
             running.done[output.index].extend(output)
@@ -165,17 +218,20 @@ class Sampler:
         """
         for asked in wanted:
             self.add(asked)
-        numbers = [asked.number for asked in wanted]
+        mine = {a.number for a in wanted if a.number % self._count in self._engines}
         done: dict[int, Group] = {}
         others: list[Group] = []
-        while len(done) < len(numbers):
+        while len(done) < len(mine):
             for group in self.step():
-                if group.number in numbers:
+                if group.number in mine:
                     done[group.number] = group
                 else:
                     others.append(group)
         self._aside = others
-        return [done[number] for number in numbers]
+        if len(self._engines) < self._count:
+            packed = distributed.union({str(n): pack_group(g) for n, g in done.items()})
+            done = {int(number): unpack_group(text) for number, text in packed.items()}
+        return [done[asked.number] for asked in wanted]
 
     def params(self, seed: int, limit: int) -> SamplingParams:
         """How a group is sampled in training.

@@ -100,7 +100,7 @@ class Engine:
             prefix_block = max(prefill_chunk // 8, 16) if num_prefixes else prefill_chunk
         _check_sizes(max_slots, page_size, prefill_chunk, prefix_block, num_prefixes)
         self.cfg, self.tokenizer = model.cfg, tokenizer
-        self._mesh = _mesh_of(model)
+        self._mesh, self._device = _mesh_of(model), _device_of(model)
         self._schedule = Schedule(prefix_block, prefill_chunk)
         self._slots, self._widths = max_slots, _widths(max_slots)
         with self._on_mesh():
@@ -113,8 +113,9 @@ class Engine:
                 self._features = Features(self.cfg.vision, self._run_tower)
             longest = min(max_length or 32768, self.cfg.max_position_embeddings)
             width = -(-longest // page_size)
-            affordable = _of_all(np.int32(_affordable_pages(self.cfg, page_size)), self._mesh).min()
-            pages = num_pages or min(max_slots * width, int(affordable))
+            pages = _affordable_pages(self.cfg, page_size, self._device)
+            affordable = int(_of_all(np.int32(pages), self._mesh).min())
+            pages = num_pages or min(max_slots * width, affordable)
             self.max_length = min(longest, pages * page_size)
             self._memory = Memory(
                 self.cfg,
@@ -541,7 +542,9 @@ class Engine:
         )
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+        if self._mesh is None:
+            return jax.default_device(self._device)
+        return jax.set_mesh(self._mesh)
 
     # Checks.
 
@@ -673,6 +676,14 @@ def _mesh_of(model: Decoder) -> Mesh | None:
     return None
 
 
+def _device_of(model: Decoder) -> jax.Device:
+    """A device of this process that the parameters lie on."""
+    device: jax.Device = min(
+        jax.tree.leaves(nnx.state(model))[0].sharding.addressable_devices, key=lambda d: d.id
+    )
+    return device
+
+
 def _of_all(value: Any, mesh: Mesh | None) -> np.ndarray:
     """The arrays that the processes of a mesh have, in one, the first process's first."""
     if mesh is None or not mesh.is_multi_process:
@@ -705,9 +716,9 @@ def _unstacker(model: Decoder, mesh: Mesh | None, int8_experts: bool) -> Any:
     return run
 
 
-def _affordable_pages(cfg: Any, page_size: int) -> int:
-    """KV pages that fit the memory of the device, or of all of a mesh's `model` axis."""
-    stats = jax.local_devices()[0].memory_stats() or {}
+def _affordable_pages(cfg: Any, page_size: int, device: jax.Device) -> int:
+    """KV pages that fit the memory of a device, or of all of a mesh's `model` axis."""
+    stats = device.memory_stats() or {}
     free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
     budget = KV_SHARE * free if stats.get("bytes_limit") else CPU_KV_BYTES
     layers = cfg.kinds.count("softmax")

@@ -50,9 +50,9 @@ def test_groups_come_whole_and_in_order(groups):
 
 
 def test_samples_of_a_group_share_one_prefill_and_its_bursts(sampler):
-    before = sampler._engine.stats()
+    before = sampler._engines[0].stats()
     sampler.sample([ask(sampler, 7, range(20, 60))])
-    after = sampler._engine.stats()
+    after = sampler._engines[0].stats()
     assert after.cached_prompt_tokens - before.cached_prompt_tokens == 3 * 39
     assert after.prompt_tokens - before.prompt_tokens == 4 * 40
 
@@ -73,6 +73,27 @@ def test_draws_depend_on_the_seed_alone(sampler, groups):
     again = sampler.sample([ask(sampler, 2), ask(sampler, 9), ask(sampler, 0)])
     for group, index in ((again[0], 2), (again[2], 0)):
         np.testing.assert_array_equal(group.tokens, groups[index].tokens)
+
+
+def test_replicas_along_data_share_the_groups(groups):
+    """On devices that are not the default one; other groups stay for the next step."""
+    cfg = JobConfig("cispo", 1, cispo=CFG, sampling=SAMPLING)
+    mesh = make_mesh({"data": 2}, jax.devices()[2:4])
+    sampler = Sampler(tiny_model(300), TOKENIZER, cfg, mesh)
+    for same in (True, False):
+        sampler.add(ask(sampler, 3))
+        again = sampler.sample([ask(sampler, n) for n in (1, 0, 2)])
+        assert [g.number for g in again] == [1, 0, 2]
+        for group in again:
+            expected = groups[group.number]
+            assert np.array_equal(group.tokens, expected.tokens) == same
+            assert np.array_equal(group.behaviour, expected.behaviour) == same
+        while not (rest := sampler.step()):
+            pass
+        assert [g.number for g in rest] == [3]
+        prompts = [engine.stats().prompt_tokens for engine in sampler._engines.values()]
+        assert prompts[0] == prompts[1] > 0
+        sampler.update(jax.tree.map(lambda x: x * 2, nnx.state(tiny_model(300))), 1)
 
 
 def test_tokens_tell_the_weights_that_drew_them(sampler):
