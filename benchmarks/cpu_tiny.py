@@ -33,7 +33,7 @@ from flax import nnx
 from mmjax import Decoder, Engine, HybridCache, ModelConfig, SamplingParams
 from mmjax.sharding import make_mesh
 from train.allocator import keep_freed_memory
-from train.batches import minibatches
+from train.batches import by_sample, minibatches
 from train.cispo import cispo_step
 from train.cispo_config import CispoConfig
 from train.config import JobConfig
@@ -210,7 +210,7 @@ def cispo() -> float:
         )
         scored = [group._replace(rewards=rewards) for group in groups]
         (batch,) = minibatches(scored, rl, 32)
-        state, metrics = cispo_step(graphdef, optimizer, rl, state, batch)
+        state, metrics = cispo_step(graphdef, optimizer, rl, state, by_sample(batch))
         return metrics
 
     return measure(step, repeats=9)[1]

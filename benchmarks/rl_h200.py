@@ -40,7 +40,7 @@ from mmjax.chat import THINK_END, split_thinking
 from mmjax.engine import Engine, SamplingParams
 from mmjax.model import Decoder
 from mmjax.tokenizer import EOS, Tokenizer
-from train.batches import Batch
+from train.batches import Batch, by_sample
 from train.cispo import policy_logprobs
 from train.cispo_config import CispoConfig
 from train.config import JobConfig, build
@@ -271,7 +271,7 @@ def drawn_and_recomputed(
     behaviour = np.array([[t.logprob for t in c.logprobs or []] for c in done], np.float32)
     batch = Batch(
         sequences=np.concatenate([prompts, tokens], axis=1)[:, None],
-        prompt_lengths=np.full(rows, prompt, np.int32),
+        prompt_lengths=np.full((rows, 1), prompt, np.int32),
         lengths=np.full((rows, 1), new, np.int32),
         tokens=tokens[:, None],
         behaviour=behaviour[:, None],
@@ -280,10 +280,9 @@ def drawn_and_recomputed(
         advantages=np.zeros((rows, 1), np.float32),
     )
     graphdef, params = nnx.split(model)
-    placed = jax.tree.map(jnp.asarray, batch)
-    return batch._replace(
-        anchor=np.asarray(policy_logprobs(graphdef, CispoConfig(), params, placed))
-    )
+    placed = jax.tree.map(jnp.asarray, by_sample(batch))
+    trainer = policy_logprobs(graphdef, CispoConfig(), params, placed)
+    return batch._replace(anchor=np.asarray(trainer)[:, None])
 
 
 def print_agreement(out: Path, rows: int, new: int) -> None:

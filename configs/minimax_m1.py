@@ -72,6 +72,8 @@ def _cispo() -> ConfigDict:
         {
             "task": "cispo",
             "steps": 1000,  # ours
+            # Four copies of the model sample, 128 chips each.
+            "mesh": {"data": 4, "expert": 32, "model": 4},  # ours
             "init_from": "runs/m1/model",
             "data": {
                 "source": "reasoning",
@@ -97,6 +99,7 @@ def _cispo() -> ConfigDict:
             },
             "sampling": {
                 "rounds": 4,  # ours
+                "slots": 512,  # ours
                 "overlong_tokens": 4096,  # ours, DAPO's
                 "repetition_tokens": 3000,
                 "repetition_probability": 0.99,
@@ -116,6 +119,7 @@ def _cispo() -> ConfigDict:
                 "eps": 1e-15,
                 "clip_norm": 1.0,  # ours
                 "weight_decay": 0.1,  # ours
+                "microbatches": 4,  # ours
             },
             "checkpoint": {"every": 10, "keep": 3, "export": "hf"},
         }

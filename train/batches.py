@@ -14,10 +14,10 @@ from train.rollout import Group
 
 
 class Batch[A: (jax.Array, np.ndarray)](NamedTuple):
-    """One update's N groups: sequences [N, G, P + T] int32 (prompt and completion without a gap),
-    prompt_lengths [N], completion lengths [N, G]; per completion token [N, G, T]: tokens,
-    behaviour and anchor (log-probabilities) and mask (zero in a group without a signal, and for
-    tokens that were forced); advantages [N, G].
+    """One update's N groups of G samples: sequences [N, G, P + T] int32 (prompt and completion
+    without a gap), prompt_lengths and completion lengths [N, G]; per completion token [N, G, T]:
+    tokens, behaviour and anchor (log-probabilities) and mask (zero in a group without a signal, and
+    for tokens that were forced); advantages [N, G]. Devices get it by sample, N G instead of N, G.
     """
 
     sequences: A
@@ -28,6 +28,16 @@ class Batch[A: (jax.Array, np.ndarray)](NamedTuple):
     anchor: A
     mask: A
     advantages: A
+
+
+def by_sample[A: (jax.Array, np.ndarray)](batch: Batch[A]) -> Batch[A]:
+    """The rows that devices share, a group's side by side."""
+    return Batch(*(x.reshape(-1, *x.shape[2:]) for x in batch))
+
+
+def by_group[A: (jax.Array, np.ndarray)](batch: Batch[A], samples: int) -> Batch[A]:
+    """The inverse of `by_sample`, G samples a group."""
+    return Batch(*(x.reshape(-1, samples, *x.shape[1:]) for x in batch))
 
 
 def minibatches(groups: Sequence[Group], rl: CispoConfig, limit: int) -> list[Batch[np.ndarray]]:
@@ -49,7 +59,7 @@ def minibatches(groups: Sequence[Group], rl: CispoConfig, limit: int) -> list[Ba
     mask = real & ~_padded([g.forced for g in groups], width) & kept[:, None, None]
     whole = Batch(
         sequences=_sequences(groups, rl.max_prompt_tokens, width),
-        prompt_lengths=np.array([len(g.prompt) for g in groups], np.int32),
+        prompt_lengths=np.stack([np.full_like(g.lengths, len(g.prompt)) for g in groups]),
         lengths=lengths,
         tokens=tokens,
         behaviour=behaviour,

@@ -17,11 +17,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mmjax.config import ConfigError, ModelConfig
-from mmjax.model import Decoder
+from mmjax.model import Aux, Decoder
 from mmjax.sharding import make_mesh
 from train import policy_losses
 from train.asynchronous import Pipeline
-from train.batches import Batch, minibatches
+from train.batches import Batch, by_group, by_sample, minibatches
 from train.cispo_config import CispoConfig
 from train.config import JobConfig
 from train.curriculum import Curriculum, Windows
@@ -30,7 +30,7 @@ from train.job import Job, Scalars
 from train.losses import token_logprobs
 from train.rollout import Asked, Group, Sampler, accuracy, encode_prompt, evaluate, passed, score
 from train.state import TrainState
-from train.step import apply_gradients, router_metrics
+from train.step import apply_gradients, router_metrics, values_and_gradients
 from train.tokenizing import job_tokenizer
 from train.watch import Health, Transcripts, entropy, rollout_metrics, task_rates
 
@@ -56,6 +56,7 @@ def run(cfg: JobConfig, workdir: Path) -> Job:
     tokenizer = job_tokenizer(cfg, workdir, ())
     training, sampling = split_devices(cfg)
     job = Job(cfg, workdir, tokenizer, cfg.steps * rl.updates_per_batch, training)
+    job.check_rows(rl.samples_per_update // cfg.optimizer.microbatches)
     mesh = job.mesh if sampling is training else serving_mesh(job.model_cfg, sampling)
     sampler = Sampler(job.model, tokenizer, cfg, mesh)
     loop = Loop(job, sampler, problems, held_out)
@@ -232,7 +233,7 @@ class Loop:
         """The updates on one batch."""
         rl, graphdef = self._cfg.cispo, self._job.graphdef
         batches = [
-            Batch(**self._job.put(batch._asdict()))
+            Batch(**self._job.put(by_sample(batch)._asdict()))
             for batch in minibatches(taken, rl, self._windows.limit)
         ]
         if rl.anchor == "proximal":
@@ -241,7 +242,9 @@ class Loop:
             ]
         updates = []
         for batch in batches:
-            state, values = cispo_step(graphdef, self._job.optimizer, rl, state, batch)
+            state, values = cispo_step(
+                graphdef, self._job.optimizer, rl, state, batch, self._cfg.optimizer.microbatches
+            )
             updates.append(values)
         self._windows.record(np.concatenate([g.lengths for g in taken]), entropy(taken))
         return state._replace(step=state.step + 1), _summary(updates)
@@ -303,64 +306,98 @@ class Clock:
         return {f"seconds/{phase}": x for phase, x in self._taken.items()} | rates
 
 
-@partial(jax.jit, static_argnames=("graphdef", "optimizer", "cfg"), donate_argnames="state")
+@partial(
+    jax.jit,
+    static_argnames=("graphdef", "optimizer", "cfg", "microbatches"),
+    donate_argnames="state",
+)
 def cispo_step(
     graphdef: nnx.GraphDef[Decoder],
     optimizer: optax.GradientTransformation,
     cfg: CispoConfig,
     state: TrainState,
     batch: Batch[jax.Array],
+    microbatches: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One off-policy update on whole groups; `state.step` is left to the caller.
 
     A batch without any group that says something changes nothing, optimizer moments included; nor
     does one whose gradient is not finite.
+
+    Args:
+      graphdef: Of the model.
+      optimizer: From `train.optimizer`.
+      cfg: Of the loss.
+      state: Donated.
+      batch: By sample, R = N G rows.
+      microbatches: Parts of R / microbatches rows that go through the model one after the other,
+        their gradients summed in float32. A token weighs what it does in the whole batch, so that
+        any number of parts gives the same update; routers balance within a part.
     """
+    groups = by_group(batch, cfg.samples_per_prompt)
+    weights = policy_losses.token_weights(
+        groups.mask, groups.lengths, cfg.loss.normaliser, cfg.max_new_tokens
+    )
 
-    def loss_fn(params: nnx.State) -> tuple[jax.Array, tuple[Any, ...]]:
+    def loss_fn(
+        params: nnx.State, part: Batch[jax.Array], weights: jax.Array, share: jax.Array
+    ) -> Any:
         model = nnx.merge(graphdef, params)
-        logprobs, aux = completion_logprobs(model, batch, cfg.temperature)
-        loss, stats = policy_loss(logprobs, batch, cfg)
+        logprobs, aux = completion_logprobs(model, part, cfg.temperature)
+        # Of samples alone: their groups are in the weights and the advantages.
+        alone = logprobs[:, None], by_group(part, 1), weights[:, None]
+        loss = policy_loss(*alone, cfg)
+        aux = jax.tree.map(lambda x: share * x, aux)
         total = loss + model.cfg.router_aux_loss_coef * aux.load_balancing_loss
-        return total, (loss, stats, aux)
+        return total, ((loss, aux), logprobs)
 
-    (_, (loss, stats, aux)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    tokens = batch.prompt_lengths + batch.lengths
+    (_, ((loss, aux), logprobs)), grads = values_and_gradients(
+        loss_fn, state.params, batch, weights.reshape(batch.mask.shape), tokens, microbatches
+    )
     updated, norm = apply_gradients(optimizer, state, grads)
     counts = (batch.mask.sum() > 0) & jnp.isfinite(norm)
     state = jax.tree.map(lambda new, old: jnp.where(counts, new, old), updated, state)
+    stats = policy_stats(logprobs.reshape(groups.mask.shape), groups, cfg)
     return state, {"loss": loss, "grad_norm": norm, **stats, **router_metrics(aux)}
 
 
 def policy_loss(
+    logprobs: jax.Array, batch: Batch[jax.Array], weights: jax.Array, cfg: CispoConfig
+) -> jax.Array:
+    """-J of the config's algorithm on log π_θ and `policy_losses.token_weights` [N, G, T]."""
+    objective = _terms(logprobs, batch, cfg).objective
+    if cfg.correction_cap:
+        drift = jnp.exp(batch.anchor - batch.behaviour)
+        objective *= jax.lax.stop_gradient(jnp.minimum(drift, cfg.correction_cap))
+    return -jnp.sum(weights * objective)
+
+
+def policy_stats(
     logprobs: jax.Array, batch: Batch[jax.Array], cfg: CispoConfig
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """-J of the config's algorithm on log π_θ [N, G, T], and what there is to watch."""
-    loss, mask = cfg.loss, batch.mask
-    given = (logprobs, batch.anchor, batch.advantages)
+) -> dict[str, jax.Array]:
+    """What there is to watch in log π_θ [N, G, T]."""
+    return {
+        **policy_losses.clip_stats(_terms(logprobs, batch, cfg), batch.advantages, batch.mask),
+        **policy_losses.agreement(logprobs, batch.behaviour, batch.mask),
+    }
+
+
+def _terms(logprobs: jax.Array, batch: Batch[jax.Array], cfg: CispoConfig) -> policy_losses.Terms:
+    loss, given = cfg.loss, (logprobs, batch.anchor, batch.advantages)
     match cfg.algorithm:
         case "cispo":
             low, high = cfg.trust_low, cfg.trust_high
             trust = None if low is None or high is None else (low, high)
-            terms = policy_losses.cispo(
+            return policy_losses.cispo(
                 *given, cap=cfg.is_weight_cap, floor=cfg.is_weight_floor, trust=trust
             )
         case "gspo":
-            terms = policy_losses.gspo(*given, mask, low=loss.clip_low, high=loss.clip_high)
+            return policy_losses.gspo(*given, batch.mask, low=loss.clip_low, high=loss.clip_high)
         case "dapo":
-            terms = policy_losses.dapo(*given, low=loss.clip_low, high=loss.clip_high)
+            return policy_losses.dapo(*given, low=loss.clip_low, high=loss.clip_high)
         case _:
-            terms = policy_losses.grpo(*given, clip=loss.clip_low)
-    objective = terms.objective
-    if cfg.correction_cap:
-        drift = jnp.exp(batch.anchor - batch.behaviour)
-        objective *= jax.lax.stop_gradient(jnp.minimum(drift, cfg.correction_cap))
-    value = policy_losses.normalise(
-        objective, mask, batch.lengths, loss.normaliser, cfg.max_new_tokens
-    )
-    return -value, {
-        **policy_losses.clip_stats(terms, batch.advantages, mask),
-        **policy_losses.agreement(logprobs, batch.behaviour, mask),
-    }
+            return policy_losses.grpo(*given, clip=loss.clip_low)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "cfg"))
@@ -370,24 +407,21 @@ def policy_logprobs(
     params: nnx.State,
     batch: Batch[jax.Array],
 ) -> jax.Array:
-    """log π of every completion token [N, G, T] under these parameters."""
+    """log π of every completion token [R, T] under these parameters, of a batch by sample."""
     return completion_logprobs(nnx.merge(graphdef, params), batch, cfg.temperature)[0]
 
 
 def completion_logprobs(
     model: Decoder, batch: Batch[jax.Array], temperature: float
-) -> tuple[jax.Array, Any]:
-    """log π of every completion token [N, G, T] by one forward pass, and the routers' aux."""
-    groups, samples, width = batch.tokens.shape
-    sequences = batch.sequences.reshape(groups * samples, -1)
-    prompt = jnp.repeat(batch.prompt_lengths, samples)  # [N G]
-    lengths = prompt + batch.lengths.reshape(-1)
-    out = model(sequences, lengths=lengths, compute_logits=False)
+) -> tuple[jax.Array, Aux]:
+    """log π of every completion token [R, T] by one forward pass, and the routers' aux."""
+    prompt = batch.prompt_lengths
+    out = model(batch.sequences, lengths=prompt + batch.lengths, compute_logits=False)
     # The hidden state before each completion token predicts it.
+    width = batch.tokens.shape[-1]
     before = prompt[:, None] - 1 + jnp.arange(width, dtype=jnp.int32)[None]
     hidden = jnp.take_along_axis(out.hidden, before[:, :, None], axis=1)
-    logp = token_logprobs(model, hidden, batch.tokens.reshape(-1, width), temperature)
-    return logp.reshape(batch.tokens.shape), out.aux
+    return token_logprobs(model, hidden, batch.tokens, temperature), out.aux
 
 
 @jax.jit

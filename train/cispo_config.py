@@ -67,6 +67,11 @@ class CispoConfig:
     target_accuracy: float = 2.0
 
     @property
+    def samples_per_update(self) -> int:
+        """N G, the rows of an update."""
+        return self.prompts_per_batch // self.updates_per_batch * self.samples_per_prompt
+
+    @property
     def loss(self) -> Algorithm:
         """The algorithm's published choices, with those of this config in their place."""
         own = ALGORITHMS[self.algorithm]

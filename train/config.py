@@ -531,7 +531,7 @@ def _check(job: JobConfig) -> None:
     }
     problems += [f"{n} must be positive, got {v}" for n, v in positive.items() if not v > 0]
     problems += stages.problems(job)
-    if not problems:
+    if job.task != "cispo" and not problems:
         problems += stages.division_problems(job)
     if job.checkpoint.export_every < 0:
         problems.append(
@@ -539,6 +539,7 @@ def _check(job: JobConfig) -> None:
         )
     if job.task == "cispo" and not problems:
         problems += contradictions(job.cispo, job.sampling, job.asynchronous)
+        problems += _update_problems(job)
     every = max(job.checkpoint.every, 1)
     if job.checkpoint.keep_every < 0 or job.checkpoint.keep_every % every:
         problems.append(
@@ -561,6 +562,19 @@ def _check(job: JobConfig) -> None:
     problems += check_evaluation(job.evaluation)
     if problems:
         raise ConfigError("job config: " + "; ".join(problems))
+
+
+def _update_problems(job: JobConfig) -> list[str]:
+    problems = []
+    rows, parts = job.cispo.samples_per_update, job.optimizer.microbatches
+    if rows % parts:
+        problems.append(
+            f"optimizer.microbatches {parts} does not divide the {rows} samples of an update "
+            "(prompts_per_batch / updates_per_batch * samples_per_prompt)"
+        )
+    if job.optimizer.z_loss:
+        problems.append(f"optimizer.z_loss {job.optimizer.z_loss} is for pretrain and sft")
+    return problems
 
 
 def _dpo_problems(job: JobConfig) -> list[str]:

@@ -119,21 +119,21 @@ def dpo_step(
       microbatches: As in `train.step.language_step`.
     """
 
-    def loss_fn(
-        params: nnx.State, part: Batch, weights: jax.Array, share: jax.Array
-    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Aux]]:
+    def loss_fn(params: nnx.State, part: Batch, weights: jax.Array, share: jax.Array) -> Any:
         model = nnx.merge(graphdef, without_gradient(params, frozen))
         logprobs, counts, aux = pair_logprobs(model, part, part["reference"].shape[1])
         metrics = preference_metrics(logprobs, part["reference"], counts, weights, cfg)
         aux = jax.tree.map(lambda x: share * x, aux)
         total = metrics["loss"] + model.cfg.router_aux_loss_coef * aux.load_balancing_loss
-        return total, (metrics, aux)
+        return total, ((metrics, aux), ())
 
     pairs = jnp.arange(1, batch["reference"].shape[1] + 1, dtype=jnp.int32)
     real = (jnp.max(batch["segment_ids"], axis=1)[:, None] >= pairs[None]).astype(jnp.float32)
     weights = real / jnp.maximum(jnp.sum(real), 1)
-    (loss, (metrics, aux)), grads = values_and_gradients(
-        loss_fn, state.params, batch, weights, microbatches
+    both = [batch["segment_ids"], batch["rejected_segment_ids"]]
+    tokens = jnp.sum(jnp.concatenate(both, axis=1) != 0, axis=1)
+    (loss, ((metrics, aux), _)), grads = values_and_gradients(
+        loss_fn, state.params, batch, weights, tokens, microbatches
     )
     state, norm = apply_gradients(optimizer, state, grads)
     metrics |= {"total_loss": loss, "grad_norm": norm, "pairs": jnp.sum(real)}

@@ -139,7 +139,7 @@ class Job:
           ConfigError: the batch does not divide over the mesh.
         """
         count = self.cfg.data.batch_size
-        self._check_rows(count // self.cfg.optimizer.microbatches)
+        self.check_rows(count // self.cfg.optimizer.microbatches)
         placed = self.batch_sharding.addressable_devices_indices_map((count,))
         every = np.arange(count)
         return np.unique(np.concatenate([every[index] for index in placed.values()]))
@@ -151,13 +151,14 @@ class Job:
           ConfigError: the batch does not divide.
         """
         for x in batch.values():
-            self._check_rows(x.shape[0])
+            self.check_rows(x.shape[0])
         return {
             name: jax.make_array_from_callback(x.shape, self.batch_sharding, x.__getitem__)
             for name, x in batch.items()
         }
 
-    def _check_rows(self, rows: int) -> None:
+    def check_rows(self, rows: int) -> None:
+        """Raises ConfigError where the mesh does not divide so many rows."""
         parts = int(np.prod([self.mesh.shape[a] for a in DEFAULT_RULES.batch]))
         if rows % parts:
             raise ConfigError(

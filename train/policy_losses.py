@@ -171,6 +171,14 @@ def normalise(
     return jnp.sum(sums / jnp.maximum(counts, 1)) / parts
 
 
+def token_weights(
+    mask: Float[Array, "N G T"], lengths: Int32[Array, "N G"], how: str, max_tokens: int
+) -> Float[Array, "N G T"]:
+    """What a token's term is multiplied by in `normalise`, which is linear in the terms."""
+    nothing = jnp.zeros_like(mask)
+    return jax.grad(normalise)(nothing, mask, lengths, how, max_tokens)
+
+
 def clip_stats(
     terms: Terms, advantages: Float[Array, "N G"], mask: Float[Array, "N G T"]
 ) -> dict[str, jax.Array]:

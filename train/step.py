@@ -52,9 +52,7 @@ def language_step(
       z_loss: See `train.losses.head_loss`.
     """
 
-    def loss_fn(
-        params: nnx.State, part: Batch, weights: jax.Array, share: jax.Array
-    ) -> tuple[jax.Array, tuple[jax.Array, Aux]]:
+    def loss_fn(params: nnx.State, part: Batch, weights: jax.Array, share: jax.Array) -> Any:
         model = nnx.merge(graphdef, without_gradient(params, frozen))
         out = model(
             part["tokens"],
@@ -67,11 +65,11 @@ def language_step(
         loss, ce = head_loss(model, out.hidden, targets, weights, z_loss)
         aux = jax.tree.map(lambda x: share * x, out.aux)
         loss += model.cfg.router_aux_loss_coef * aux.load_balancing_loss
-        return loss, (ce, aux)
+        return loss, ((ce, aux), ())
 
-    weights = _loss_weights(batch)
-    (loss, (ce, aux)), grads = values_and_gradients(
-        loss_fn, state.params, batch, weights, microbatches
+    weights, tokens = _loss_weights(batch), jnp.sum(batch["segment_ids"] != 0, axis=1)
+    (loss, ((ce, aux), _)), grads = values_and_gradients(
+        loss_fn, state.params, batch, weights, tokens, microbatches
     )
     state, norm = apply_gradients(optimizer, state, grads)
     metrics = {"loss": ce, "total_loss": loss, "grad_norm": norm, **router_metrics(aux)}
@@ -93,16 +91,23 @@ def predicting(segments: jax.Array, loss_mask: jax.Array) -> jax.Array:
 
 
 def values_and_gradients(
-    loss_fn: Callable[..., Any], params: nnx.State, batch: Batch, weights: jax.Array, parts: int
+    loss_fn: Callable[..., Any],
+    params: nnx.State,
+    batch: Any,
+    weights: jax.Array,
+    tokens: jax.Array,
+    parts: int,
 ) -> Any:
     """What `jax.value_and_grad` gives of a batch whose parts are taken one after the other.
 
     Args:
-      loss_fn: `(params, part, weights, share) -> (loss, aux)`, sums over the part's rows; share is
-        the part's of the batch's tokens.
+      loss_fn: `(params, part, weights, share) -> (loss, (summed, rows))`; loss and `summed` are
+        sums over the part's rows, `rows` arrays of each of them; share is the part's of the batch's
+        tokens.
       params: To differentiate with respect to.
-      batch: Arrays [B, *].
+      batch: A tree of arrays [B, *].
       weights: [B, *], of the whole batch.
+      tokens: [B], how many each row has.
       parts: How many; of several the gradients are float32.
     """
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
@@ -113,18 +118,24 @@ def values_and_gradients(
         """[B, *] to [parts, B / parts, *], each part with rows of every device."""
         return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 
-    tokens = [jnp.sum(x != 0, axis=1) for n, x in batch.items() if n.endswith("segment_ids")]
-    real = sum(tokens[1:], tokens[0]).astype(jnp.float32)
+    def joined(x: jax.Array) -> jax.Array:
+        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+    def part(x: tuple[Any, jax.Array, jax.Array]) -> tuple[Any, Any]:
+        (loss, (summed, rows)), grads = gradient(params, *x)
+        return (loss, summed, grads), rows
+
+    def add(total: Any, x: tuple[Any, jax.Array, jax.Array]) -> tuple[Any, Any]:
+        found, rows = part(x)
+        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, found), rows
+
+    real = tokens.astype(jnp.float32)
     share = split(real / jnp.maximum(jnp.sum(real), 1)).sum(1)
     xs = (jax.tree.map(split, batch), split(weights), share)
-
-    def add(total: Any, x: tuple[Batch, jax.Array, jax.Array]) -> tuple[Any, None]:
-        found = gradient(params, *x)
-        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, found), None
-
-    shapes = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], xs))
+    shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], xs))[0]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-    return jax.lax.scan(add, zeros, xs)[0]
+    (loss, summed, grads), rows = jax.lax.scan(add, zeros, xs)
+    return (loss, (summed, jax.tree.map(joined, rows))), grads
 
 
 def _image_tokens(model: Decoder, batch: Batch) -> ImageTokens | None:

@@ -42,7 +42,7 @@ SMALL = ModelConfig.tiny(
 ONE, SPREAD = ("v5e:1x1", {}), ("v5e:2x4", {"data": 2, "expert": 2, "model": 2})
 LONG = ("v5p:2x2x2", {"data": 2, "context": 2, "model": 2})
 B, T = 8, 256  # packed rows; with two microbatches as many as the batch axes of any mesh here
-N, G, PROMPT, NEW, PAIRS = 8, 2, 24, 40, 3
+R, PROMPT, NEW, PAIRS = 16, 24, 40, 3
 OPTIMIZER = make_optimizer(OptimizerConfig(rounding="stochastic", warmup_steps=10), 100)
 
 
@@ -98,16 +98,16 @@ def update(kind, mesh):
         batch = language(array) | rejected | {"reference": real(B, PAIRS, 2)}
         return dpo_step, (DpoConfig(),), batch, {}
     batch = Batch(
-        sequences=array(N, G, PROMPT + NEW),
-        prompt_lengths=array(N),
-        lengths=array(N, G),
-        tokens=array(N, G, NEW),
-        behaviour=real(N, G, NEW),
-        anchor=real(N, G, NEW),
-        mask=real(N, G, NEW),
-        advantages=real(N, G),
+        sequences=array(R, PROMPT + NEW),
+        prompt_lengths=array(R),
+        lengths=array(R),
+        tokens=array(R, NEW),
+        behaviour=real(R, NEW),
+        anchor=real(R, NEW),
+        mask=real(R, NEW),
+        advantages=real(R),
     )
-    return cispo_step, (CispoConfig(),), batch, {}
+    return cispo_step, (CispoConfig(samples_per_prompt=2),), batch, {"microbatches": 2}
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from tests.train.programs import (
     problems_and_tokenizer,
     tiny_model,
 )
-from train.batches import Batch, bucket, minibatches
+from train.batches import Batch, bucket, by_sample, minibatches
 from train.cispo import cispo_step, policy_logprobs
-from train.cispo_config import CispoConfig
+from train.cispo_config import NORMALISERS, CispoConfig
 from train.config import JobConfig
 from train.rollout import Asked, Group, Sampler, encode_prompt
 from train.state import init_state
@@ -35,10 +35,16 @@ PROBLEMS, TOKENIZER = problems_and_tokenizer()
 OPTIMIZER = adamw(learning_rate=0.0, weight_decay=0.1)
 
 
-def fresh():
+MOVING = adamw(learning_rate=1e-3, eps=1e-6)
+ONE_UPDATE = dataclasses.replace(CFG, updates_per_batch=1)
+
+
+def fresh(optimizer=OPTIMIZER, coefficient=None):
     model = tiny_model(300)
     model.remat = "none"
-    return init_state(model, OPTIMIZER, 0)
+    if coefficient is not None:
+        model.cfg = dataclasses.replace(model.cfg, router_aux_loss_coef=coefficient)
+    return init_state(model, optimizer, 0)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +65,12 @@ def rollouts(sampler, seed):
     return [g._replace(rewards=np.array([0, 1], np.float32)) for g in groups]
 
 
-def update(graphdef, state, batch):
-    return cispo_step(graphdef, OPTIMIZER, CFG, state, jax.tree.map(jnp.asarray, batch))
+def on_device(batch):
+    return jax.tree.map(jnp.asarray, by_sample(batch))
+
+
+def update(graphdef, state, batch, **how):
+    return cispo_step(graphdef, OPTIMIZER, CFG, state, on_device(batch), **how)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +104,7 @@ def test_drift_shows_a_disagreement(first):
 
 def test_proximal_policy_is_the_sampler_before_the_first_update(first):
     graphdef, state = fresh()
-    batch = jax.tree.map(jnp.asarray, minibatches(first, CFG, 8)[0])
+    batch = on_device(minibatches(first, CFG, 8)[0])
     logp = policy_logprobs(graphdef, CFG, state.params, batch)
     np.testing.assert_allclose(logp * batch.mask, batch.behaviour * batch.mask, atol=1e-4)
 
@@ -117,6 +127,32 @@ def test_update_without_a_signal_or_with_a_broken_gradient_changes_no_bit(first)
     state, _ = update(graphdef, state, whole)
     after = copied(state)
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (after, before)), strict=True))
+
+
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+def test_microbatches_give_the_update_of_one_batch(sampler, normaliser):
+    """Samples of four groups, lengths of their own, one of which says nothing."""
+    lengths = np.arange(8).reshape(4, 2) % 5 + 1
+    (whole,) = minibatches(rollouts(sampler, 3), ONE_UPDATE, 8)
+    real = np.arange(8)[None, None] < lengths[:, :, None]
+    mask = whole.mask * real
+    mask[2] = 0
+    whole = whole._replace(lengths=lengths.astype(np.int32), mask=mask)
+    cfg = dataclasses.replace(ONE_UPDATE, normaliser=normaliser)
+    results = []
+    for parts in (1, 4):
+        graphdef, state = fresh(MOVING, coefficient=0.0)  # a router balances within a part
+        state, metrics = cispo_step(graphdef, MOVING, cfg, state, on_device(whole), parts)
+        results.append((copied(state.params), metrics))
+    (params, metrics), (others, same) = results
+    assert metrics.keys() == same.keys()
+    for name in metrics.keys() - {"router/aux_loss", "router/busiest"}:
+        np.testing.assert_allclose(metrics[name], same[name], rtol=2e-4, atol=1e-6, err_msg=name)
+    for a, b in zip(*map(jax.tree.leaves, (params, others)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    start = copied(fresh()[1].params)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, start)
+    assert max(jax.tree.leaves(moved)) > 1e-4
 
 
 # How rollouts are dealt out.
@@ -177,7 +213,7 @@ def test_minibatches_hold_every_group_once_and_whole(mixed):
             np.testing.assert_array_equal(batch.lengths[place], group.lengths)
             np.testing.assert_array_equal(batch.tokens[place, :, :width], group.tokens)
             np.testing.assert_array_equal(batch.behaviour[place, :, :width], group.behaviour)
-            assert batch.prompt_lengths[place] == len(group.prompt)
+            assert (batch.prompt_lengths[place] == len(group.prompt)).all()
 
 
 def test_what_says_nothing_and_what_was_forced_is_masked_out(mixed):

@@ -18,7 +18,7 @@ from mmjax.model import Decoder
 from mmjax.sharding import ShardingRules
 from tests.train.programs import lenient
 from train import config as job_config
-from train.batches import Batch
+from train.batches import Batch, by_sample
 from train.cispo import cispo_step
 from train.config import SourceConfig, build
 from train.data.reasoning import (
@@ -207,6 +207,8 @@ def test_choices_of_the_loss_that_contradict_are_refused_with_the_reason(values,
         ({"sampling__thinking_budget": 64}, "leaves no token of 64 for an answer"),
         ({"sampling__repetition_probability": 1.0}, r"must be in \(0, 1\), got 1.0"),
         ({"asynchronous__sampler_devices": 1}, "set asynchronous.max_staleness to at least 1"),
+        ({"optimizer__microbatches": 7}, r"microbatches 7 does not divide the \d+ samples"),
+        ({"optimizer__z_loss": 1e-4}, "z_loss 0.0001 is for pretrain and sft"),
     ],
 )
 def test_sampling_rules_that_contradict_are_refused(changes, says):
@@ -305,7 +307,11 @@ def test_config_is_built_and_its_step_traced(module, stage):
     state, graphdef = abstract_state(cfg, optimizer)
     if cfg.task == "cispo":
         new, metrics = jax.eval_shape(
-            lambda s, b: cispo_step(graphdef, optimizer, cfg.cispo, s, b), state, rl_batch(cfg)
+            lambda s, b: cispo_step(
+                graphdef, optimizer, cfg.cispo, s, b, cfg.optimizer.microbatches
+            ),
+            state,
+            rl_batch(cfg),
         )
     elif cfg.task == "dpo":
         new, metrics = jax.eval_shape(
@@ -380,9 +386,9 @@ def rl_batch(cfg):
     def array(dtype, *shape):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    return Batch(
+    batch = Batch(
         sequences=array(jnp.int32, n, g, rl.max_prompt_tokens + t),
-        prompt_lengths=array(jnp.int32, n),
+        prompt_lengths=array(jnp.int32, n, g),
         lengths=array(jnp.int32, n, g),
         tokens=array(jnp.int32, n, g, t),
         behaviour=array(jnp.float32, n, g, t),
@@ -390,6 +396,7 @@ def rl_batch(cfg):
         mask=array(jnp.float32, n, g, t),
         advantages=array(jnp.float32, n, g),
     )
+    return jax.eval_shape(by_sample, batch)
 
 
 def test_the_command_line_knows_every_section():

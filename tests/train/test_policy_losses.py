@@ -9,9 +9,9 @@ import pytest
 
 from train.advantages import group_advantages, has_signal
 from train.batches import Batch
-from train.cispo import policy_loss
+from train.cispo import policy_loss, policy_stats
 from train.cispo_config import NORMALISERS, CispoConfig
-from train.policy_losses import agreement, cispo, clip_stats
+from train.policy_losses import agreement, cispo, clip_stats, token_weights
 
 CAP = 2.0
 
@@ -35,7 +35,7 @@ def draw(ratio=None, *, advantage=None, groups=3, samples=4, width=6, seed=0):
     nothing = np.zeros((groups, samples, 1), np.int32)
     batch = Batch(
         sequences=nothing,
-        prompt_lengths=lengths[:, 0],
+        prompt_lengths=lengths,
         lengths=lengths,
         tokens=nothing,
         **{k: np.asarray(v, np.float32) for k, v in f32.items()},
@@ -45,7 +45,8 @@ def draw(ratio=None, *, advantage=None, groups=3, samples=4, width=6, seed=0):
 
 def loss_and_grad(cfg, logprobs, batch):
     arrays = jax.tree.map(jnp.asarray, batch)
-    return jax.value_and_grad(lambda x: policy_loss(x, arrays, cfg)[0])(jnp.asarray(logprobs))
+    share = token_weights(arrays.mask, arrays.lengths, cfg.loss.normaliser, cfg.max_new_tokens)
+    return jax.value_and_grad(policy_loss)(jnp.asarray(logprobs), arrays, share, cfg)
 
 
 # Closed forms in float64: the terms and their derivative in log π, then the weight of each token.
@@ -186,9 +187,9 @@ def test_cispo_by_hand():
         advantages=np.array([[1.0, -1.0]], np.float32),
         mask=np.ones((1, 2, 2), np.float32),
     )
-    loss, stats = policy_loss(
-        jnp.asarray(logprobs), jax.tree.map(jnp.asarray, batch), CispoConfig(is_weight_cap=CAP)
-    )
+    cfg = CispoConfig(is_weight_cap=CAP)
+    loss, _ = loss_and_grad(cfg, logprobs, batch)
+    stats = policy_stats(jnp.asarray(logprobs), jax.tree.map(jnp.asarray, batch), cfg)
     terms = 1 * np.log(0.5) + 2 * np.log(0.5) - 0.5 * np.log(0.4) - 1 * np.log(0.1)
     np.testing.assert_allclose(loss, -terms / 4, rtol=1e-6)
     np.testing.assert_allclose(stats["ratio/mean"], (1 + 4 + 0.5 + 1) / 4, rtol=1e-6)

@@ -181,6 +181,7 @@ def reinforcement(tmp_path_factory):
             "eval_problems": 6,
         },
         "sampling": {"rounds": 2},
+        "optimizer": {"microbatches": 2},
         "checkpoint": {"every": 1, "export": "hf"},
     }
     write_config(folder, config)
@@ -223,16 +224,26 @@ def test_two_processes_reinforce_as_one_does(reinforcement):
     assert any(np.abs(x - start_of[name]).max() > 1e-3 for name, x in tensors.items())
 
 
-def test_processes_refuse_to_sample_beside_training(reinforcement):
-    apart = ["--config.asynchronous.max_staleness=1", "--config.asynchronous.sampler_devices=4"]
-    flags = [f"--config={reinforcement / 'job.py'}", f"--workdir={reinforcement / 'apart'}", *apart]
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (
+            ["asynchronous.max_staleness=1", "asynchronous.sampler_devices=4"],
+            "are for one process, not for 2; set both to 0",
+        ),
+        (["mesh.data=8"], "a batch of 4 rows does not divide over data·expert = 8 devices"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused_at_once(reinforcement, flags, says):
+    workdir = reinforcement / flags[0]
+    job = [f"--config={reinforcement / 'job.py'}", f"--workdir={workdir}"]
+    program = ["-m", "train", *job, *(f"--config.{flag}" for flag in flags)]
     pipes = {"stderr": subprocess.PIPE}
     cache = reinforcement / "compiled"
-    codes, said = end(
-        processes_of(["-m", "train", *flags], processes=2, devices=8, cache=cache, **pipes)
-    )
+    codes, said = end(processes_of(program, processes=2, devices=8, cache=cache, **pipes))
     assert 0 not in codes
-    assert "are for one process, not for 2; set both to 0" in said
+    assert says in said
+    assert not (workdir / "transcripts.jsonl").exists()
 
 
 @pytest.mark.parametrize(
