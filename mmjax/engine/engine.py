@@ -31,7 +31,7 @@ from mmjax.engine.results import Completion, EngineStats, Output, RequestError, 
 from mmjax.engine.sample import Chunk, Request, Sample, Schedule, seed_words
 from mmjax.engine.sampling import SamplingParams, Wanted
 from mmjax.model import Decoder, ImageTokens
-from mmjax.sharding import SERVING_RULES, param_shardings
+from mmjax.sharding import SERVING_RULES, make_mesh, param_shardings
 from mmjax.tokenizer import Tokenizer
 from mmjax.vision import Image, ImageError, expand_images
 
@@ -101,6 +101,7 @@ class Engine:
         _check_sizes(max_slots, page_size, prefill_chunk, prefix_block, num_prefixes)
         self.cfg, self.tokenizer = model.cfg, tokenizer
         self._mesh, self._device = _mesh_of(model), _device_of(model)
+        self._context = self._mesh or make_mesh(devices=[self._device])
         self._schedule = Schedule(prefix_block, prefill_chunk)
         self._slots, self._widths = max_slots, _widths(max_slots)
         with self._on_mesh():
@@ -542,9 +543,8 @@ class Engine:
         )
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
-        if self._mesh is None:
-            return jax.default_device(self._device)
-        return jax.set_mesh(self._mesh)
+        # One of a single device too, as the caller may have another in force.
+        return jax.set_mesh(self._context)
 
     # Checks.
 

@@ -76,13 +76,16 @@ def test_draws_depend_on_the_seed_alone(sampler, groups):
 
 
 def test_replicas_along_data_share_the_groups(groups):
-    """On devices that are not the default one; other groups stay for the next step."""
+    """On devices that are not the default one, where a job has its mesh in force; other groups stay
+    for the next step.
+    """
     cfg = JobConfig("cispo", 1, cispo=CFG, sampling=SAMPLING)
     mesh = make_mesh({"data": 2}, jax.devices()[2:4])
     sampler = Sampler(tiny_model(300), TOKENIZER, cfg, mesh)
     for same in (True, False):
         sampler.add(ask(sampler, 3))
-        again = sampler.sample([ask(sampler, n) for n in (1, 0, 2)])
+        with jax.set_mesh(mesh):
+            again = sampler.sample([ask(sampler, n) for n in (1, 0, 2)])
         assert [g.number for g in again] == [1, 0, 2]
         for group in again:
             expected = groups[group.number]
@@ -94,7 +97,8 @@ def test_replicas_along_data_share_the_groups(groups):
         assert [g.number for g in rest] == [3]
         prompts = [engine.stats().prompt_tokens for engine in sampler._engines.values()]
         assert prompts[0] == prompts[1] > 0
-        sampler.update(jax.tree.map(lambda x: x * 2, nnx.state(tiny_model(300))), 1)
+        with jax.set_mesh(mesh):
+            sampler.update(jax.tree.map(lambda x: x * 2, nnx.state(tiny_model(300))), 1)
 
 
 def test_tokens_tell_the_weights_that_drew_them(sampler):
