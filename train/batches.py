@@ -14,10 +14,11 @@ from train.rollout import Group
 
 
 class Batch[A: (jax.Array, np.ndarray)](NamedTuple):
-    """One update's N groups of G samples: sequences [N, G, P + T] int32 (prompt and completion
-    without a gap), prompt_lengths and completion lengths [N, G]; per completion token [N, G, T]:
-    tokens, behaviour and anchor (log-probabilities) and mask (zero in a group without a signal, and
-    for tokens that were forced); advantages [N, G]. Devices get it by sample, N G instead of N, G.
+    """One update's N groups of G samples: sequences [N, G, P + T or more] int32 (prompt and
+    completion without a gap), prompt_lengths and completion lengths [N, G]; per completion token
+    [N, G, T]: tokens, behaviour and anchor (log-probabilities) and mask (zero in a group without a
+    signal, and for tokens that were forced); advantages [N, G]. Devices get it by sample, N G
+    instead of N, G.
     """
 
     sequences: A
@@ -40,13 +41,16 @@ def by_group[A: (jax.Array, np.ndarray)](batch: Batch[A], samples: int) -> Batch
     return Batch(*(x.reshape(-1, samples, *x.shape[1:]) for x in batch))
 
 
-def minibatches(groups: Sequence[Group], rl: CispoConfig, limit: int) -> list[Batch[np.ndarray]]:
+def minibatches(
+    groups: Sequence[Group], rl: CispoConfig, limit: int, multiple: int = 1
+) -> list[Batch[np.ndarray]]:
     """Whole groups dealt out to the updates, those with a signal evenly.
 
     Args:
       groups: N scored groups; N a multiple of the updates.
       rl: For the updates, the scale of the advantages and the widths.
       limit: Longest completion, tokens.
+      multiple: Of which the length of the sequences is one, for a mesh that splits them.
     """
     rewards = np.stack([group.rewards for group in groups])
     kept = has_signal(rewards)
@@ -58,7 +62,7 @@ def minibatches(groups: Sequence[Group], rl: CispoConfig, limit: int) -> list[Ba
     real = np.arange(width)[None, None] < lengths[:, :, None]
     mask = real & ~_padded([g.forced for g in groups], width) & kept[:, None, None]
     whole = Batch(
-        sequences=_sequences(groups, rl.max_prompt_tokens, width),
+        sequences=_sequences(groups, rl.max_prompt_tokens + width, multiple),
         prompt_lengths=np.stack([np.full_like(g.lengths, len(g.prompt)) for g in groups]),
         lengths=lengths,
         tokens=tokens,
@@ -85,8 +89,9 @@ def _padded(rows: Sequence[np.ndarray], width: int) -> np.ndarray:
     return out
 
 
-def _sequences(groups: Sequence[Group], prompt: int, width: int) -> np.ndarray:
-    out = np.zeros((len(groups), len(groups[0].lengths), prompt + width), np.int32)
+def _sequences(groups: Sequence[Group], least: int, multiple: int) -> np.ndarray:
+    width = -(-least // multiple) * multiple
+    out = np.zeros((len(groups), len(groups[0].lengths), width), np.int32)
     for row, group in zip(out, groups, strict=True):
         start = len(group.prompt)
         row[:, :start] = group.prompt

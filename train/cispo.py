@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from mmjax.config import ConfigError, ModelConfig
 from mmjax.model import Aux, Decoder
+from mmjax.parallel.sequence import length_multiple
 from mmjax.sharding import make_mesh
 from train import policy_losses
 from train.asynchronous import Pipeline
@@ -232,9 +233,10 @@ class Loop:
     def _update(self, state: TrainState, taken: list[Group]) -> tuple[TrainState, Scalars]:
         """The updates on one batch."""
         rl, graphdef = self._cfg.cispo, self._job.graphdef
+        multiple = length_multiple(self._job.mesh)
         batches = [
             Batch(**self._job.put(by_sample(batch)._asdict()))
-            for batch in minibatches(taken, rl, self._windows.limit)
+            for batch in minibatches(taken, rl, self._windows.limit, multiple)
         ]
         if rl.anchor == "proximal":
             batches = [

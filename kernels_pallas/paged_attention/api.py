@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32
 
 from kernels_pallas import dispatch
 from kernels_pallas.dispatch import Candidate
-from kernels_pallas.paged_attention import mosaic_gpu
+from kernels_pallas.paged_attention import mosaic_gpu, step_mosaic_gpu
 from kernels_pallas.paged_attention.chunked import paged_attention_chunked
 
 
@@ -42,9 +42,14 @@ def paged_attention(
     Raises:
       kernels_pallas.dispatch.UnavailableError: the named implementation cannot run.
     """
-    not_gpu = dispatch.target(q, keys).why_not_hopper() or mosaic_gpu.why_not(q, keys)
+    kernel, why_not = (
+        (step_mosaic_gpu.paged_attention_step_mosaic_gpu, step_mosaic_gpu.why_not)
+        if q.shape[1] == 1
+        else (mosaic_gpu.paged_attention_mosaic_gpu, mosaic_gpu.why_not)
+    )
+    not_gpu = dispatch.target(q, keys).why_not_hopper() or why_not(q, keys)
     candidates: dict[str, Candidate[Callable[..., jax.Array]]] = {
-        "mosaic_gpu": Candidate(mosaic_gpu.paged_attention_mosaic_gpu, not_gpu),
+        "mosaic_gpu": Candidate(kernel, not_gpu),
         "chunked": Candidate(paged_attention_chunked),
     }
     run = dispatch.resolve("paged_attention", implementation, candidates)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int32
 
@@ -296,18 +296,25 @@ class _Specs:
         self.cache = P(None, batch, None, "model", None)
 
 
+def length_multiple(mesh: Mesh | AbstractMesh) -> int:
+    """What the length of sequences has to be a multiple of on a mesh."""
+    parts = mesh.shape[AXIS]
+    # Two blocks a rank, see `_balance`.
+    return 2 * parts if parts > 1 else 1
+
+
 def _split_axis(mesh: AbstractMesh | None, length: int, *, must: bool) -> str | None:
     """The mesh axis that splits sequences of `length`; None where each device has them whole."""
     parts = 1 if mesh is None else mesh.shape[AXIS]
-    if parts == 1:
+    if mesh is None or parts == 1:
         return None
-    # Two blocks a rank, see `_balance`.
-    if length % (2 * parts) == 0:
+    multiple = length_multiple(mesh)
+    if length % multiple == 0:
         return AXIS
     if must:
         raise ShardingError(
             f"sequences of {length} tokens cannot be split over {AXIS}={parts}: pad them to a "
-            f"multiple of {2 * parts} with segment id 0, or choose another size of `{AXIS}`"
+            f"multiple of {multiple} with segment id 0, or choose another size of `{AXIS}`"
         )
     return None
 

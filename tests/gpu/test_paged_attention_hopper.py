@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import dispatch, paged_attention
-from kernels_pallas.paged_attention import chunked, mosaic_gpu
+from kernels_pallas.paged_attention import chunked, mosaic_gpu, step_mosaic_gpu
 
 pytestmark = pytest.mark.skipif(
     dispatch.target().why_not_hopper() is not None, reason="needs a Hopper GPU"
@@ -49,6 +49,34 @@ def test_as_in_float32(case):
     assert error <= 2**-8
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        (8, 2, 128, 64, [99, 4999, 0]),
+        (8, 2, 128, 64, [0, 63, 64, 39999]),
+        (8, 2, 128, 16, [699, 1299]),
+        (64, 8, 128, 128, [699, 1299]),
+        (8, 4, 64, 64, [63, 2999]),
+        (16, 1, 128, 64, [8999, 0, 1, 512, 511]),
+        (64, 8, 128, 64, [1999] * 299 + [8999]),
+    ],
+)
+@pytest.mark.parametrize("idle", [False, True])
+def test_a_step_as_in_float32(case, idle):
+    q, keys, values, table, index, layer = inputs(1, *case)
+    if idle:
+        index = index.at[0].set(table.shape[1] * keys.shape[3])
+    where = table, index, layer
+    got = jax.jit(step_mosaic_gpu.paged_attention_step_mosaic_gpu)(q, keys, values, *where)
+    exact = (x.astype(jnp.float32) for x in (q, keys, values))
+    want = jax.jit(chunked.paged_attention_chunked)(*exact, *where)
+    error = jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want)
+    # As above, and once more where parts are put together.
+    assert error <= 2**-8
+    if idle:
+        np.testing.assert_array_equal(got[0], 0)
+
+
 def test_places_without_tokens_may_hold_any_number():
     q, keys, values, table, index, layer = inputs(256, 4, 2, 128, 64, [20])
     # The last block of 128 keys has one page with tokens and one without.
@@ -63,5 +91,7 @@ def test_places_without_tokens_may_hold_any_number():
 def test_best_on_this_gpu():
     args = inputs(256, 4, 2, 128, 64, [0])
     assert "mosaic_gpu" in jax.jit(paged_attention).lower(*args).as_text()
+    step = inputs(1, 4, 2, 128, 64, [0])
+    assert "mosaic_gpu" in jax.jit(paged_attention).lower(*step).as_text()
     few = inputs(16, 4, 2, 128, 64, [0])
     assert "mosaic_gpu" not in jax.jit(paged_attention).lower(*few).as_text()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import paged_attention, write_pages
-from kernels_pallas.paged_attention import chunked, mosaic_gpu
+from kernels_pallas.paged_attention import chunked, mosaic_gpu, step_mosaic_gpu
 from mmjax.layers.softmax import softmax_attention
 
 HEADS, GROUPS, DIM, SIZE, WIDTH, PAGES, LAYERS = 4, 2, 8, 4, 6, 20, 2
@@ -45,15 +45,22 @@ def test_pages_hold_what_a_row_holds(monkeypatch, span, queries):
     np.testing.assert_array_equal(out[3], 0)
 
 
-def test_hopper_kernel_lowers_for_cuda():
-    """tests/gpu runs it."""
-    q = jax.ShapeDtypeStruct((2, 256, 8, 128), jnp.bfloat16)
-    pool = jax.ShapeDtypeStruct((2, 20, 2, 64, 128), jnp.bfloat16)
-    where = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, 8), (2, 256), ()))
-    assert mosaic_gpu.why_not(q, pool) is None
-    run = jax.jit(mosaic_gpu.paged_attention_mosaic_gpu)
-    text = run.trace(q, pool, pool, *where).lower(lowering_platforms=("cuda",)).as_text()
-    assert "mosaic_gpu" in text
+@pytest.mark.parametrize(
+    ("kernel", "why_not", "queries", "page"),
+    [
+        (mosaic_gpu.paged_attention_mosaic_gpu, mosaic_gpu.why_not, 256, 64),
+        (step_mosaic_gpu.paged_attention_step_mosaic_gpu, step_mosaic_gpu.why_not, 1, 64),
+        (step_mosaic_gpu.paged_attention_step_mosaic_gpu, step_mosaic_gpu.why_not, 1, 16),
+    ],
+)
+def test_hopper_kernels_lower_for_cuda(kernel, why_not, queries, page):
+    """tests/gpu runs them."""
+    q = jax.ShapeDtypeStruct((2, queries, 8, 128), jnp.bfloat16)
+    pool = jax.ShapeDtypeStruct((2, 20, 2, page, 128), jnp.bfloat16)
+    where = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, 8), (2, queries), ()))
+    assert why_not(q, pool) is None
+    lowered = jax.jit(kernel).trace(q, pool, pool, *where).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
 
 
 @pytest.mark.parametrize(
@@ -68,3 +75,24 @@ def test_hopper_kernel_lowers_for_cuda():
 def test_why_not(queries, page, dim, dtype, reason):
     q = jax.ShapeDtypeStruct((1, queries, 8, dim), dtype)
     assert reason in mosaic_gpu.why_not(q, jax.ShapeDtypeStruct((2, 20, 2, page, dim), dtype))
+
+
+@pytest.mark.parametrize(
+    ("heads", "page", "dim", "dtype", "reason"),
+    [
+        (8, 64, 128, "float32", "it takes bfloat16; got float32"),
+        (8, 64, 96, "bfloat16", "heads of 64 or 128; got 96"),
+        (8, 96, 128, "bfloat16", "pages of 8, 16, 32 or a multiple of 64 tokens; got 96"),
+        (256, 64, 128, "bfloat16", "64 queries a KV head; got 128"),
+    ],
+)
+def test_why_not_a_step(heads, page, dim, dtype, reason):
+    q = jax.ShapeDtypeStruct((1, 1, heads, dim), dtype)
+    keys = jax.ShapeDtypeStruct((2, 20, 2, page, dim), dtype)
+    assert reason in step_mosaic_gpu.why_not(q, keys)
+
+
+def test_parts_of_a_row():
+    """At least 512 tokens, and as many of them as the row needs."""
+    blocks = jnp.array([0, 1, 8, 9, 64, 65])
+    np.testing.assert_array_equal(step_mosaic_gpu.blocks_of_a_part(blocks, 8), [8, 8, 8, 8, 8, 16])

@@ -189,10 +189,14 @@ def reinforcement(tmp_path_factory):
 
 
 def test_two_processes_reinforce_as_one_does(reinforcement):
-    """Sampling, scoring, updates and the exported model; one of the two is stopped on the way."""
+    """Sampling, scoring, updates and the exported model; one of the two is stopped on the way.
+
+    The one has another mesh, which splits sequences whose length it does not divide.
+    """
     mesh, program = {"data": 2, "expert": 2, "model": 2}, ("-c", PARITY)
     straight, workdir = reinforcement / "straight", reinforcement / "two"
-    codes, said = end(start(reinforcement, straight, mesh, program=program))
+    split = {"data": 2, "expert": 2, "context": 2}
+    codes, said = end(start(reinforcement, straight, split, program=program))
     assert codes == [0], said
 
     running = start(reinforcement, workdir, mesh, processes=2, program=program)
