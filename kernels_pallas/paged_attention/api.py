@@ -73,6 +73,12 @@ def write_pages(
       table: Pages of each row [B, W].
       layer: Which of the N layers.
     """
-    _, pages, _, size, _ = pool.shape
+    layers, pages, groups, size, dim = pool.shape
     page = jnp.take_along_axis(table, index // size, axis=1, mode="fill", fill_value=pages)
-    return pool.at[layer, page, :, index % size].set(x.astype(pool.dtype), mode="drop")
+    group = jnp.arange(groups, dtype=jnp.int32)[None, None]
+    place = ((layer * pages + page[..., None]) * groups + group) * size + (index % size)[..., None]
+    place = jnp.where(page[..., None] < pages, place, layers * pages * groups * size)
+    # One line a place: of a scatter over several axes XLA makes one over the first ones, on GPUs by
+    # turning the whole pool around and back.
+    lines = pool.reshape(-1, dim).at[place].set(x.astype(pool.dtype), mode="drop")
+    return lines.reshape(pool.shape)
