@@ -123,6 +123,9 @@ class SamplingConfig:
       retire_after: Samples of a prompt before it can be retired.
       slots: Samples that run at a time, on all parts of the mesh along `data` together; 0 for those
         of a batch, 512 a part at most.
+      kv_tokens: Tokens whose keys and values each of those parts holds at a time, to leave memory
+        to the updates; 0 for those of all its samples, in 60% of the free memory at most. Samples
+        that find no place wait.
       windows: Stages of the longest completion, ascending, instead of max_new_tokens alone, which
         must be the last of them (M1: 40K to 80K in six).
       window_share: A stage ends when the 99th percentile of lengths is at least this share of it,
@@ -143,6 +146,7 @@ class SamplingConfig:
     retire_pass_rate: float = 2.0
     retire_after: int = 16
     slots: int = 0
+    kv_tokens: int = 0
     windows: tuple[int, ...] = ()
     window_share: float = 0.9
     window_tolerance: float = 0.02
@@ -306,7 +310,18 @@ def _sampling_problems(
     rl: CispoConfig, sampling: SamplingConfig, mode: AsynchronousConfig
 ) -> list[str]:
     stages = sampling.windows or (rl.max_new_tokens,)
+    longest = rl.max_prompt_tokens + rl.max_new_tokens
     return _told(
+        (
+            sampling.slots < 0 or sampling.kv_tokens < 0,
+            f"sampling.slots {sampling.slots} and kv_tokens {sampling.kv_tokens} must not be "
+            "negative",
+        ),
+        (
+            0 < sampling.kv_tokens < longest,
+            f"sampling.kv_tokens {sampling.kv_tokens} cannot hold one sample of "
+            f"cispo.max_prompt_tokens + max_new_tokens = {longest}",
+        ),
         (
             list(stages) != sorted(set(stages)) or stages[-1] != rl.max_new_tokens,
             f"sampling.windows {stages} must ascend and end with cispo.max_new_tokens "

@@ -29,8 +29,8 @@ from train.rewards.scoring import Score, score_completions
 
 # Samples that run at a time unless the config says otherwise.
 MAX_SLOTS = 512
-# Prompt tokens that the engine takes in between two bursts.
-_PREFILL = 2048
+# Prompt tokens that the engine takes in between two bursts, and tokens of a KV page.
+_PREFILL, _PAGE = 2048, 64
 
 
 class Group(NamedTuple):
@@ -154,6 +154,8 @@ class Sampler:
                 tokenizer,
                 max_slots=-(-(cfg.sampling.slots or most) // self._count),
                 max_length=rl.max_prompt_tokens + rl.max_new_tokens,
+                page_size=_PAGE,
+                num_pages=-(-cfg.sampling.kv_tokens // _PAGE) or None,
                 prefill_chunk=_PREFILL,
                 prefix_block=_PREFILL,
                 num_prefixes=prompts,

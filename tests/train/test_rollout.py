@@ -76,10 +76,11 @@ def test_draws_depend_on_the_seed_alone(sampler, groups):
 
 
 def test_replicas_along_data_share_the_groups(groups):
-    """On devices that are not the default one, where a job has its mesh in force; other groups stay
-    for the next step.
+    """On devices that are not the default one, where a job has its mesh in force, and with room for
+    one sample or two at a time; other groups stay for the next step.
     """
-    cfg = JobConfig("cispo", 1, cispo=CFG, sampling=SAMPLING)
+    sampling = dataclasses.replace(SAMPLING, kv_tokens=128)
+    cfg = JobConfig("cispo", 1, cispo=CFG, sampling=sampling)
     mesh = make_mesh({"data": 2}, jax.devices()[2:4])
     sampler = Sampler(tiny_model(300), TOKENIZER, cfg, mesh)
     for same in (True, False):
@@ -97,6 +98,7 @@ def test_replicas_along_data_share_the_groups(groups):
         assert [g.number for g in rest] == [3]
         prompts = [engine.stats().prompt_tokens for engine in sampler._engines.values()]
         assert prompts[0] == prompts[1] > 0
+        assert [engine.stats().pages_total for engine in sampler._engines.values()] == [2, 2]
         with jax.set_mesh(mesh):
             sampler.update(jax.tree.map(lambda x: x * 2, nnx.state(tiny_model(300))), 1)
 
