@@ -73,7 +73,7 @@ def _cispo() -> ConfigDict:
             "task": "cispo",
             "steps": 1000,  # ours
             # Four copies of the model sample, 128 chips each. Compiled ahead for v5p:8x8x8, an
-            # update of rows of 90,112 tokens takes 58 GiB of a chip's 95.
+            # update of rows of 90,112 tokens takes 58 GiB of a chip's 95: benchmarks/m1_update.py.
             "mesh": {"data": 4, "context": 2, "expert": 8, "model": 8},  # ours
             "init_from": "runs/m1/model",
             "data": {
