@@ -93,6 +93,11 @@ def chat_turns(
     yield from _conversation([m for m in messages if _role(m) != "system"])
 
 
+def thinks(text: str) -> bool:
+    """Whether a text ends in a thinking part that is open."""
+    return text.rfind(THINK_START.strip()) > text.rfind(THINK_END)
+
+
 def split_thinking(text: str) -> tuple[str | None, str]:
     """The visible thinking, None if it was not closed, and the answer after it."""
     thinking, closed, answer = text.partition(THINK_END)
@@ -350,7 +355,8 @@ def _parse_call(text: str) -> Piece | None:
     """A call in the model's form; None if it is not one."""
     try:
         call = json.loads(text, parse_constant=_refuse)
-        arguments = _json(call.get("arguments", {}))
+        # Numbers too large for a float are read as infinity, which JSON does not know.
+        arguments = json.dumps(call.get("arguments", {}), ensure_ascii=False, allow_nan=False)
         arguments.encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError):
         return None

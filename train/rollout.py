@@ -15,9 +15,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from mmjax.chat import THINK_END
 from mmjax.engine import Completion, Engine, RepetitionHalt, RequestError, SamplingParams
-from mmjax.engine.sample import CLOSING
+from mmjax.engine.sample import interruption
 from mmjax.model import Decoder
 from mmjax.sharding import SERVING_RULES, on_replica, param_shardings, replicas
 from mmjax.tokenizer import Tokenizer
@@ -270,7 +269,7 @@ class Sampler:
 
         forced = rows([[1.0] * n for n in lengths], bool)
         for row, completion in zip(forced, done, strict=True):
-            start, stop = self._forced(completion.token_ids)
+            start, stop = self._forced(running.asked.prompt, completion.token_ids)
             row[:start], row[stop:] = False, False
         return Group(
             number=running.asked.number,
@@ -287,15 +286,13 @@ class Sampler:
             failures=0,
         )
 
-    def _forced(self, ids: list[int]) -> tuple[int, int]:
+    def _forced(self, prompt: Sequence[int], ids: list[int]) -> tuple[int, int]:
         """The stretch of tokens that closed the thinking part by force."""
         budget = self._sampling.thinking_budget
         tokenizer = self._tokenizer
         if not budget or tokenizer is None or len(ids) <= budget:
             return 0, 0
-        if THINK_END in tokenizer.decode(ids[:budget]):
-            return 0, 0
-        return budget, budget + len(tokenizer.encode(CLOSING))
+        return budget, budget + len(interruption(tokenizer, prompt, ids[:budget]))
 
 
 def _halt(sampling: SamplingConfig) -> RepetitionHalt | None:

@@ -6,7 +6,6 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,23 +142,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Meter:
-    """Counts tokens and the time that they take, the first ones apart."""
+    """Counts tokens and the time that they take, those of the first round apart."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
         self._first: float | None = None
         self._count = self._after = 0
 
-    def watch(self, outputs: Iterable[Output]) -> Iterator[Output]:
-        """Passes outputs on."""
-        for output in outputs:
-            now = time.perf_counter()
-            if self._first is None:
-                self._first = now
-            else:
-                self._after += len(output.token_ids)
-            self._count += len(output.token_ids)
-            yield output
+    def watch(self, outputs: list[Output]) -> list[Output]:
+        """Passes on what came at one time."""
+        count = sum(len(output.token_ids) for output in outputs)
+        if self._first is not None:
+            self._after += count
+        elif count:
+            self._first = time.perf_counter()
+        self._count += count
+        return outputs
 
     def __str__(self) -> str:
         now = time.perf_counter()
@@ -211,7 +209,8 @@ def _chat(
         messages.append({"role": "user", "content": text})
         answer, meter = "", _Meter()
         try:
-            for output in meter.watch(engine.stream(_render(messages, tokenizer), params)):
+            for output in engine.stream(_render(messages, tokenizer), params):
+                meter.watch([output])
                 answer += output.text
                 print(output.text, end="", flush=True)
             print()
@@ -271,12 +270,16 @@ def _prompts(args: argparse.Namespace) -> list[str] | None:
     """The prompts; None for a chat."""
     texts = list(args.prompt or [])
     if args.prompts_file:
-        if args.prompts_file == "-":
-            lines = sys.stdin.read().splitlines()
-        else:
-            with open(args.prompts_file, encoding="utf-8") as file:
-                lines = file.read().splitlines()
-        texts += [line for line in lines if line.strip()]
+        try:
+            if args.prompts_file == "-":
+                text = sys.stdin.read()
+            else:
+                text = Path(args.prompts_file).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RequestError(
+                f"--prompts-file {args.prompts_file} is not UTF-8 at byte {error.start}; convert it"
+            ) from None
+        texts += [line for line in text.split("\n") if line.strip()]
     if args.chat or (not texts and not args.prompts_file and sys.stdin.isatty()):
         if texts:
             raise RequestError("--chat takes its prompts from the terminal; leave out the others")

@@ -99,6 +99,9 @@ class Engine:
         if prefix_block is None:
             prefix_block = max(prefill_chunk // 8, 16) if num_prefixes else prefill_chunk
         _check_sizes(max_slots, page_size, prefill_chunk, prefix_block, num_prefixes)
+        for name, value in (("max_length", max_length), ("num_pages", num_pages)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         self.cfg, self.tokenizer = model.cfg, tokenizer
         self._mesh, self._device = _mesh_of(model), _device_of(model)
         self._context = self._mesh or make_mesh(devices=[self._device])
@@ -106,13 +109,16 @@ class Engine:
         self._slots, self._widths = max_slots, _widths(max_slots)
         with self._on_mesh():
             self._unstack = _unstacker(model, self._mesh, int8_experts)
-            graphdef, params = self._unstack(nnx.state(model))
+            state = nnx.state(model)
+            self._params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+            graphdef, params = self._unstack(state)
             self._leaves, treedef = jax.tree.flatten(params)
             self._programs = compiled(graphdef, treedef)
             self._features = None
             if self.cfg.vision is not None:
                 self._features = Features(self.cfg.vision, self._run_tower)
-            longest = min(max_length or 32768, self.cfg.max_position_embeddings)
+            longest = 32768 if max_length is None else max_length
+            longest = min(longest, self.cfg.max_position_embeddings)
             width = -(-longest // page_size)
             pages = _affordable_pages(self.cfg, page_size, self._device)
             affordable = int(_of_all(np.int32(pages), self._mesh).min())
@@ -164,8 +170,8 @@ class Engine:
         """
         params = params or SamplingParams()
         ids, images = self._checked(prompt, params)
-        name = request_id if request_id is not None else f"request-{self._arrivals}"
-        if name in self._samples:
+        name = self._new_name() if request_id is None else request_id
+        if self._owes({name}):
             raise RequestError(f"request {name!r} is still running; choose another request_id")
         request = Request(name, ids, params, self._stop_ids(params), self._schedule, images)
         self._seeds[name] = self._random.getrandbits(63) if params.seed is None else params.seed
@@ -177,6 +183,16 @@ class Engine:
         self._samples[name] = samples
         self._waiting += samples
         return name
+
+    def _new_name(self) -> str:
+        names = (f"request-{number}" for number in itertools.count(self._arrivals))
+        return next(name for name in names if not self._owes({name}))
+
+    def _owes(self, names: set[str]) -> bool:
+        """Whether there are outputs of these requests to come, or to be given by the next step."""
+        return not names.isdisjoint(self._samples) or any(
+            output.request_id in names for output in self._ended
+        )
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request, whose samples give one more Output each; False if it is unknown."""
@@ -235,12 +251,11 @@ class Engine:
                 name = self.add(prompt, how)
                 names.add(name)
                 done |= {(name, i): Completion(name, i) for i in range(how.n)}
-            while not names.isdisjoint(self._samples):
+            while self._owes(names):
                 for output in self._step_for(names):
                     done[output.request_id, output.index].extend(output)
         except BaseException:
-            for name in names:
-                self.cancel(name)
+            self._forget(names)
             raise
         return list(done.values())
 
@@ -252,17 +267,22 @@ class Engine:
         """
         name = self.add(prompt, params)
         try:
-            while name in self._samples:
+            while self._owes({name}):
                 yield from self._step_for({name})
         finally:
-            if self.cancel(name):
-                self._ended = [output for output in self._ended if output.request_id != name]
+            self._forget({name})
 
     def _step_for(self, names: set[str]) -> list[Output]:
         """A round of work; what others gained in it waits for the next `step`."""
         outputs = self.step()
         self._ended += [output for output in outputs if output.request_id not in names]
         return [output for output in outputs if output.request_id in names]
+
+    def _forget(self, names: set[str]) -> None:
+        """Ends requests without a word."""
+        for name in names:
+            self.cancel(name)
+        self._ended = [output for output in self._ended if output.request_id not in names]
 
     # Weights.
 
@@ -273,9 +293,12 @@ class Engine:
         their tokens so far.
 
         Args:
-          model: A decoder, or the state of its parameters.
+          model: A decoder, or the state of its parameters; cast to the dtypes of those before.
+
+        Raises:
+          ValueError: parameters of another architecture; the engine goes on with those it has.
         """
-        state = nnx.state(model) if isinstance(model, Decoder) else model
+        state = _like(nnx.state(model) if isinstance(model, Decoder) else model, self._params)
         self._leaves = []  # Not held beside the new ones.
         with self._on_mesh():
             self._leaves = jax.tree.leaves(self._unstack(state)[1])
@@ -567,10 +590,14 @@ class Engine:
             for what, wanted in wants.items():
                 if wanted:
                     raise RequestError(f"{what} needs a tokenizer, and the engine has none")
-        if isinstance(prompt, str):
-            assert self.tokenizer is not None
-            prompt = self.tokenizer.encode(prompt)
-        ids = np.asarray(prompt)
+        try:
+            if isinstance(prompt, str):
+                assert self.tokenizer is not None
+                prompt.encode()  # Half a surrogate pair is no text.
+                prompt = self.tokenizer.encode(prompt)
+            ids = np.asarray(prompt)
+        except ValueError as error:
+            raise RequestError(f"the prompt is no text or list of token ids: {error}") from None
         if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
             raise RequestError("the prompt must be a text or a list of token ids, and not empty")
         wrong = ids[(ids < 0) | (ids >= self.cfg.vocab_size)]
@@ -665,6 +692,29 @@ def _check_sizes(
             f"prefill_chunk {prefill_chunk} must be a power of two times "
             f"prefix_block {prefix_block}"
         )
+
+
+def _like(state: nnx.State, expected: nnx.State) -> nnx.State:
+    """The state in the dtypes of `expected`.
+
+    Raises:
+      ValueError: it has other parameters or shapes.
+    """
+    found, known = (
+        {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(tree)}
+        for tree in (state, expected)
+    )
+    for name in [*known, *found]:
+        shapes = [tuple(tree[name].shape) if name in tree else None for tree in (found, known)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"the parameters are of another architecture: {name} has the shape {shapes[0]}, "
+                f"the engine's {shapes[1]}"
+            )
+    cast: nnx.State = jax.tree.map(
+        lambda x, like: x if x.dtype == like.dtype else x.astype(like.dtype), state, expected
+    )
+    return cast
 
 
 def _mesh_of(model: Decoder) -> Mesh | None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmjax.chat import THINK_END
+from mmjax.chat import THINK_END, THINK_START, thinks
 from mmjax.engine.pages import digests
 from mmjax.engine.programs import FORCED, STOPS, Rows
 from mmjax.engine.results import FinishReason, Output, TokenLogprob
@@ -19,8 +19,19 @@ from mmjax.engine.text import TextStream
 from mmjax.tokenizer import Tokenizer
 from mmjax.vision import Image
 
-# What is forced to close a thinking part that ran out of its budget.
+# What is forced to close a thinking part that ran out of its budget, and in place of one.
 CLOSING = f"\n{THINK_END}\n\n"
+NO_THINKING = f"{THINK_START}{THINK_END}\n\n"
+
+
+def interruption(tokenizer: Tokenizer, prompt: Sequence[int], reply: Sequence[int]) -> list[int]:
+    """Tokens that follow a reply whose thinking has used up its budget: the end of an open thinking
+    part, all of one where nothing is written yet, otherwise none.
+    """
+    before = tokenizer.decode(list(prompt))
+    if thinks(before + tokenizer.decode(list(reply))):
+        return tokenizer.encode(CLOSING)
+    return [] if len(reply) else tokenizer.encode(NO_THINKING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +118,7 @@ class Sample:
       order: Rank by arrival.
       text: Its text so far.
       closing: Tokens that are forced next, to close the thinking part.
+      thinking: Whether its budget is not used up.
       new: Tokens drawn.
       computed: Tokens in the cache.
       cached: Prompt tokens that came from a kept prefix.
@@ -120,7 +132,7 @@ class Sample:
     index: int
     order: int
     text: TextStream
-    closing: list[int]
+    closing: list[int] = dataclasses.field(default_factory=list)
     new: list[int] = dataclasses.field(default_factory=list)
     computed: int = 0
     cached: int = 0
@@ -128,7 +140,6 @@ class Sample:
     pages: list[int] = dataclasses.field(default_factory=list)
     moved: Any = None
     run: int = 0
-    forcing: bool = False
     thinking: bool = False
 
     @classmethod
@@ -136,10 +147,9 @@ class Sample:
         cls, request: Request, index: int, order: int, tokenizer: Tokenizer | None
     ) -> Sample:
         """A sample that has not begun."""
-        thinking = request.params.thinking_budget is not None
-        closing = tokenizer.encode(CLOSING) if thinking and tokenizer is not None else []
         text = TextStream(tokenizer, request.params.stop)
-        return cls(request, index, order, text, closing, thinking=thinking)
+        thinking = request.params.thinking_budget is not None
+        return cls(request, index, order, text, thinking=thinking)
 
     @property
     def target(self) -> int:
@@ -169,19 +179,19 @@ class Sample:
         if self.thinking and params.thinking_budget == len(self.new):
             self.thinking = False
             assert tokenizer is not None
-            self.forcing = THINK_END not in tokenizer.decode(self.new)
+            self.closing = interruption(tokenizer, self.request.prompt.tolist(), self.new)
         left = params.max_tokens - len(self.new)
         if self.thinking:
             assert params.thinking_budget is not None
             left = min(left, params.thinking_budget - len(self.new))
-        if self.forcing and len(self.closing) > FORCED:
+        if len(self.closing) > FORCED:
             left = min(left, FORCED)
         return min(left, most)
 
     def row(self, steps: int, seed: tuple[int, int]) -> Rows:
         """The row of a burst."""
         params, halt = self.request.params, self.request.params.repetition_halt
-        forced = self.closing[:FORCED] if self.forcing else []
+        forced = self.closing[:FORCED]
         return Rows(
             token=self.new[-1] if self.new else self.request.prompt[-1],
             slot=self.slot,
@@ -206,9 +216,7 @@ class Sample:
         params = self.request.params
         self.computed += len(ids)
         self.run = run
-        if self.forcing:
-            self.closing = self.closing[len(ids) :]
-            self.forcing = bool(self.closing)
+        self.closing = self.closing[len(ids) :]
         # The device knows a few stop ids only.
         ended = next((i for i, t in enumerate(ids) if t in self.request.stop_ids), None)
         shown = ids if ended is None else ids[:ended]

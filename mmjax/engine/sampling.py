@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float32, Int32
 
 # Most alternatives that can be asked for beside a token's own log-probability.
 MAX_LOGPROBS = 20
+# Below it a temperature or a probability may be flushed to 0.
+_LEAST_NUMBER = 1e-30
+
+
+def _check_integers(name: str, values: Iterable[object], *, of_device: bool = False) -> None:
+    """Raises ValueError at one that is no integer, or negative or too large for a device's."""
+    for value in values:
+        if not isinstance(value, (int, np.integer)):
+            raise ValueError(f"{name} must be an integer, got {value!r}")
+        if of_device and not 0 <= value < 2**31:
+            raise ValueError(f"{name} must be at least 0 and less than 2^31, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +38,7 @@ class RepetitionHalt:
     probability: float = 0.99
 
     def __post_init__(self) -> None:
+        _check_integers("repetition_halt.tokens", [self.tokens], of_device=True)
         if self.tokens < 1:
             raise ValueError(f"repetition_halt.tokens must be at least 1, got {self.tokens}")
         if not 0 < self.probability < 1:
@@ -51,7 +64,8 @@ class SamplingParams:
       logprobs: Alternatives to report beside each token's log-probability; 0 for the token's own
         alone, None for nothing.
       ignore_eos: Go on after the end token.
-      thinking_budget: Tokens after which an open thinking part is closed; None for no limit.
+      thinking_budget: Tokens after which an open thinking part is closed; 0 for an empty one, None
+        for no limit.
       repetition_halt: When to end a sample that repeats itself; None for never.
     """
 
@@ -70,6 +84,12 @@ class SamplingParams:
     repetition_halt: RepetitionHalt | None = RepetitionHalt()
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_k", "n", "logprobs", "thinking_budget"):
+            if (value := getattr(self, name)) is not None:
+                _check_integers(name, [value])
+        if not isinstance(self.stop_ids, Sequence):
+            raise ValueError(f"stop_ids must be a tuple of token ids, got {self.stop_ids!r}")
+        _check_integers("stop_ids", self.stop_ids, of_device=True)
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if not 0 <= self.temperature < float("inf"):
@@ -145,7 +165,10 @@ def draw(
       softmax(logits).
     """
     greedy = how.temperature == 0
-    logp = jax.nn.log_softmax(logits / jnp.where(greedy, 1, how.temperature)[:, None], axis=-1)
+    # The likeliest at 0 before the division, so that no temperature takes it out of float32.
+    temperature = jnp.where(greedy, 1, jnp.maximum(how.temperature, _LEAST_NUMBER))
+    shifted = (logits - logits.max(axis=-1, keepdims=True)) / temperature[:, None]
+    logp = shifted - jnp.log(jnp.exp(shifted).sum(axis=-1, keepdims=True))
 
     def random() -> jax.Array:
         kept = logp
@@ -179,7 +202,7 @@ def _filtered(logp: jax.Array, how: Draw) -> jax.Array:
     kept = jnp.where(how.top_k > 0, how.top_k, logp.shape[-1]).astype(jnp.float32)
     logp = jnp.where(logp >= _least(logp, jnp.ones_like(logp), kept), logp, -jnp.inf)
     probability = jnp.exp(logp - jax.nn.logsumexp(logp, axis=-1, keepdims=True))
-    least = _least(logp, probability, how.top_p)
+    least = _least(logp, probability, jnp.maximum(how.top_p, _LEAST_NUMBER))
     return jnp.where((logp >= least) | (how.top_p >= 1)[:, None], logp, -jnp.inf)
 
 

@@ -8,8 +8,11 @@ from mmjax.tokenizer import Tokenizer
 
 # What decoders put in place of bytes that are no character, or not yet one.
 _BROKEN = "\ufffd"
-# Earlier tokens that are decoded along: some tokenizers' spaces depend on the token before.
-_CONTEXT = 4
+# Most of them that a character's first bytes are decoded to.
+_UNFINISHED = 3
+# Earlier tokens that are decoded along: some tokenizers' spaces depend on the token before. Most of
+# them while the end is unfinished, and how many stay of those then.
+_CONTEXT, _WINDOW, _LATEST = 4, 64, 16
 
 
 class TextStream:
@@ -54,12 +57,14 @@ class TextStream:
             return ""
         self._window += ids
         text = self._tokenizer.decode(self._window)
-        whole = text if final else text.rstrip(_BROKEN)
+        broken = 0 if final else len(text) - len(text.rstrip(_BROKEN))
+        unfinished = min(broken, _UNFINISHED)
+        whole = text[: len(text) - unfinished]
         new = whole[self._decoded :]
         self._decoded = max(self._decoded, len(whole))
-        if len(whole) == len(text):
-            self._window = self._window[-_CONTEXT:]
-            self._decoded = len(self._tokenizer.decode(self._window))
+        if not unfinished or len(self._window) > _WINDOW:
+            self._window = self._window[-(_LATEST if unfinished else _CONTEXT) :]
+            self._decoded = len(self._tokenizer.decode(self._window)) - unfinished
         return new
 
     def _cut(self, new: str) -> tuple[str, bool]:

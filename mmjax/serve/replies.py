@@ -5,6 +5,7 @@ A whole answer is made by adding up the chunks that a stream would have sent, so
 
 from __future__ import annotations
 
+import codecs
 import uuid
 from collections.abc import Iterable
 from typing import Any, NotRequired, TypedDict
@@ -63,6 +64,7 @@ class TextChoice:
         self._tokenizer = tokenizer
         self._logprobs = logprobs
         self._pending: list[TokenLogprob] = []  # of tokens whose text is still held back
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
     def start(self) -> list[Choice]:
@@ -88,7 +90,8 @@ class TextChoice:
         offsets = []
         for token in taken:
             offsets.append(self._offset)
-            self._offset += len(self._tokenizer.token_bytes(token.token).decode(errors="ignore"))
+            # A character of several tokens begins with the first of them.
+            self._offset += len(self._characters.decode(self._tokenizer.token_bytes(token.token)))
         return {
             "tokens": [self._name(token.token) for token in taken],
             "token_logprobs": [finite(token.logprob) for token in taken],

@@ -187,7 +187,10 @@ class Sampling(_Strict):
     )
     ignore_eos: bool | None = None
     thinking_budget: int | None = Field(
-        None, ge=0, lt=2**31, description="tokens after which an open thinking part is closed"
+        None,
+        ge=0,
+        lt=2**31,
+        description="tokens after which an open thinking part is closed; 0 for none",
     )
     repetition_halt: Repetition | Literal[False] | None = Field(
         None, description="false never ends a sample that repeats itself"

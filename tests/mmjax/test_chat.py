@@ -128,6 +128,10 @@ REPLIES = {
     f"a\n<tool_calls>\n{CALL[:-1]}": [said(f"a\n<tool_calls>\n{CALL[:-1]}")],
     "<tool_calls>": [said("<tool_calls>")],
     "x <tool_cal": [said("x <tool_cal")],
+    # No JSON: a number that no float holds.
+    '<tool_calls>{"name": "f", "arguments": {"x": 1e999}}</tool_calls>': [
+        said('<tool_calls>{"name": "f", "arguments": {"x": 1e999}}</tool_calls>')
+    ],
 }
 MALFORMED = [
     "",

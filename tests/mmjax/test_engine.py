@@ -385,20 +385,67 @@ def test_what_needs_a_tokenizer(model, ids, params):
 
 
 def test_a_name_in_use(engine):
+    """Also while its last output has not been given; a name that was not asked for is a new one."""
     engine.add([1], GREEDY, request_id="twice")
-    with pytest.raises(RequestError, match="'twice' is still running"):
-        engine.add([1], GREEDY, request_id="twice")
-    engine.cancel("twice")
+    for _ in range(2):
+        with pytest.raises(RequestError, match="'twice' is still running"):
+            engine.add([1], GREEDY, request_id="twice")
+        engine.cancel("twice")
     finish(engine)
+    engine.add([1], GREEDY, request_id=f"request-{engine._arrivals + 1}")
+    engine.add([1], GREEDY)
+    assert {reason for *_, reason in finish(engine).values()} == {"length"}
+
+
+def test_streams_side_by_side_give_all(engine, model):
+    """And a call of `generate` between two outputs of a stream; nothing is left of a failed one."""
+    asked = [(prompt(10, 1), 40), (prompt(12, 2), 20), (prompt(7, 3), 30)]
+    each = [dataclasses.replace(GREEDY, max_tokens=most) for _, most in asked]
+    expected = [alone(engine, model, ids, p)[0] for (ids, _), p in zip(asked, each, strict=True)]
+    first, second = (engine.stream(asked[i][0], each[i]) for i in range(2))
+    got = [[next(first)], [next(second)]]
+    (between,) = engine.generate([asked[2][0]], each[2])
+    got[0] += first
+    got[1] += second
+    assert told(between) == told(expected[2])
+    for outputs, one in zip(got, expected, strict=False):
+        assert [t for o in outputs for t in o.token_ids] == one.token_ids
+        assert outputs[-1].finish_reason == one.finish_reason
+    with pytest.raises(RequestError):
+        engine.generate([prompt(4), prompt(500)], GREEDY)
+    assert not engine.has_work
+    assert_all_free(engine)
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
         ({"max_slots": 0}, "max_slots must be at least 1, got 0"),
+        ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"num_pages": -1}, "num_pages must be at least 1, got -1"),
         ({"prefill_chunk": 48, "prefix_block": 16}, "prefill_chunk 48 must be a power of two"),
     ],
 )
 def test_bad_sizes(model, sizes, message):
     with pytest.raises(ValueError, match=message):
         Engine(model, **sizes)
+
+
+def test_weights_of_another_architecture_are_refused(engine, model):
+    """And the engine goes on with those it has; other dtypes are cast."""
+    expected = told(alone(engine, model, prompt(9), GREEDY)[0])
+    for sizes in (ONE_LAYER, SMALL | {"hidden_size": 64}):
+        with pytest.raises(ValueError, match=r"another architecture: \[.*the engine's"):
+            engine.update(random_model(small_config(**sizes)))
+        assert told(engine.generate([prompt(9)], GREEDY)[0]) == expected
+    dtypes = [x.dtype for x in engine._leaves]
+    engine.update(jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.state(model)))
+    assert [x.dtype for x in engine._leaves] == dtypes
+    engine.update(model)
+
+
+@pytest.mark.parametrize("ids", ["\ud800", np.array([1.5]), np.array([[1, 2]]), []])
+def test_prompts_that_are_none(engine, ids):
+    with pytest.raises(RequestError, match="the prompt"):
+        engine.add(ids, GREEDY)
+    assert not engine.has_work

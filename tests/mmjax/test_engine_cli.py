@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 import mmjax
 from mmjax import SamplingParams, cli
 from mmjax.chat import render_chat
-from mmjax.engine.cli import load_to_serve
+from mmjax.engine.cli import _Meter, load_to_serve
+from mmjax.engine.results import Output
 from tests.mmjax.engines import ONE_LAYER, byte_tokenizer, small_engine, small_model
 from tests.mmjax.programs import random_model, small_config
 
@@ -100,14 +101,31 @@ def test_a_second_start_compiles_nothing(tmp_path, compilations, capsys):
 
 def test_a_file_of_prompts(generate, tmp_path):
     file = tmp_path / "prompts.txt"
-    file.write_text("one\n\ntwo and more\n")
-    code, out, _ = generate("--prompts-file", str(file), "--system", "be brief")
+    file.write_text("one\n\ntwo and\u2028more\r\n")
+    code, out, err = generate("--prompts-file", str(file), "--system", "be brief")
     system = {"role": "system", "content": "be brief"}
     answers = [
         f"--- {text}\n{reference(render_chat([system, user(text)]))}\n"
-        for text in ("one", "two and more")
+        for text in ("one", "two and\u2028more")
     ]
     assert (code, out) == (0, "".join(answers))
+    assert "tokens, the first after" in err
+
+
+def test_a_file_that_is_no_text(generate, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"one\n\xff")
+    code, _, err = generate("--prompts-file", str(tmp_path / "prompts.txt"))
+    assert code != 0
+    assert "is not UTF-8 at byte 4; convert it" in err
+
+
+def test_what_comes_at_one_time_is_counted_apart():
+    meter = _Meter()
+    three = Output("a", 0, [1, 2, 3], "", None, None, 1, 0)
+    meter.watch([three, three])
+    assert str(meter).startswith("6 tokens, the first after 0.00 s; ")
+    meter.watch([three])
+    assert str(meter).startswith("9 tokens, the first after 0.00 s, then ")
 
 
 def test_chat_remembers_its_turns(generate):

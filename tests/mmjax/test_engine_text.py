@@ -1,10 +1,13 @@
 """Text as it comes: whole characters, stop strings, thinking that is closed."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from mmjax import SamplingParams
-from mmjax.engine.sample import CLOSING
+from mmjax.chat import ReplyParser
+from mmjax.engine.sample import CLOSING, NO_THINKING
 from mmjax.engine.text import TextStream
 from tests.mmjax.engines import byte_tokenizer, prompt, small_engine
 
@@ -131,21 +134,37 @@ def test_end_token_is_no_text(engine):
 
 @pytest.mark.parametrize("budget", [0, 1, 21])
 def test_thinking_is_closed_at_its_budget(engine, budget):
+    thinking = prompt(9) + TOKENIZER.encode("<think>\n")
     params = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
-    (free,) = engine.generate([prompt(9)], params)
+    (free,) = engine.generate([thinking], params)
     closing = TOKENIZER.encode(CLOSING)
     params = SamplingParams(
         max_tokens=60, temperature=0.0, ignore_eos=True, thinking_budget=budget, logprobs=0
     )
-    (done,) = engine.generate([prompt(9)], params)
+    (done,) = engine.generate([thinking], params)
     assert done.token_ids[:budget] == free.token_ids[:budget]
     assert done.token_ids[budget : budget + len(closing)] == closing
     assert len(done.token_ids) == len(done.logprobs) == 60
     # What follows is drawn with the closed thinking before it.
-    so_far = prompt(9) + done.token_ids[: budget + len(closing)]
+    so_far = thinking + done.token_ids[: budget + len(closing)]
     params = SamplingParams(max_tokens=60 - budget - len(closing), temperature=0.0, ignore_eos=True)
     (answer,) = engine.generate([so_far], params)
     assert answer.token_ids == done.token_ids[budget + len(closing) :]
+
+
+@pytest.mark.parametrize("before", ["", "<think>\nIt is 4.\n</think>\n\n"])
+def test_a_budget_closes_no_thinking_that_is_not_open(engine, before):
+    """Without a token to think the part that is left out is written, empty."""
+    asked = prompt(9) + TOKENIZER.encode(before)
+    free = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
+    expected = engine.generate([asked], free)[0].token_ids
+    for budget in (3, 21):
+        params = dataclasses.replace(free, thinking_budget=budget)
+        assert engine.generate([asked], params)[0].token_ids == expected
+    (none,) = engine.generate([asked], dataclasses.replace(free, thinking_budget=0))
+    assert none.text.startswith(NO_THINKING)
+    pieces = [*(parser := ReplyParser(tools=False)).feed(none.text), *parser.finish()]
+    assert {piece.kind for piece in pieces} == {"text"}
 
 
 def test_thinking_that_closed_itself_goes_on(engine):
@@ -157,7 +176,7 @@ def test_thinking_that_closed_itself_goes_on(engine):
         engine._programs = engine._programs._replace(
             decode=lambda *args, **static: _forcing(original, sample_ids, *args, **static)
         )
-        (done,) = engine.generate([prompt(9)], params)
+        (done,) = engine.generate([prompt(9) + TOKENIZER.encode("<think>\n")], params)
     finally:
         engine._programs = engine._programs._replace(decode=original)
     assert done.token_ids[:8] == closed
@@ -175,3 +194,18 @@ def _forcing(decode, ids, leaves, pools, packed, *rest, **static):
         packed[0, ROW_WORDS - FORCED - STOPS - 1] = len(given)
         packed[0, ROW_WORDS - FORCED : ROW_WORDS - FORCED + len(given)] = given
     return decode(leaves, pools, packed, *rest, **static)
+
+
+def test_bytes_that_are_no_character_are_shown_as_they_come():
+    """Three of them may be a character's beginning; time does not grow with the text."""
+    bad = next(i for i in range(256) if TOKENIZER.token_bytes(i) == b"\x80")
+    for stop in ((), ("stop",)):
+        stream, shown = TextStream(TOKENIZER, stop), ""
+        for _ in range(40):
+            shown += stream.push([bad] * 16)[0]
+            assert len(stream._window) <= 64 + 16
+        assert len(shown) >= 640 - 3
+        assert shown + stream.finish() == "\ufffd" * 640
+    stream = TextStream(TOKENIZER)
+    assert stream.push([bad] * 100 + TOKENIZER.encode("é")[:1])[0] == "\ufffd" * 98
+    assert stream.push(TOKENIZER.encode("é")[1:])[0] == "\ufffd\ufffdé"

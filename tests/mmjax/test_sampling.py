@@ -31,7 +31,16 @@ def draw(**params):
 
 
 @pytest.mark.parametrize(
-    "params", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}]
+    "params",
+    [
+        {"temperature": 0.0},
+        {"top_k": 1},
+        {"top_p": 1e-6},
+        {"top_p": 1e-45},
+        {"temperature": 1e-4},
+        {"temperature": 1e-10},
+        {"temperature": 1e-45},
+    ],
 )
 def test_settings_that_leave_only_the_likeliest(params):
     tokens, _ = draw(**params)
@@ -62,6 +71,14 @@ def test_what_requests_ask_for(requests, wanted):
     assert sampling.Wanted.by(params) is sampling.Wanted[wanted]
 
 
+@pytest.mark.parametrize("temperature", [1e-35, 1e-10, 1e-6, 1e-3])
+def test_no_temperature_makes_a_log_probability_above_zero(temperature):
+    """Fused differently, a large logit and the largest one have differed."""
+    tokens, logp = choose(LOGITS * 100, temperature, top_p=0.9)
+    assert (logp <= 0).all()
+    assert (np.take_along_axis(logp, tokens[:, None], 1) == 0).all()
+
+
 def test_plain_sampling_is_not_greedy():
     assert (draw()[0] != LOGITS.argmax(-1)).any()
 
@@ -70,8 +87,10 @@ def test_plain_sampling_is_not_greedy():
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprobs_are_of_the_distribution_before_filters(params, temperature):
     tokens, logprobs = draw(temperature=temperature, **params)
-    expected = jax.nn.log_softmax(LOGITS / temperature)[np.arange(64), tokens]
-    np.testing.assert_allclose(logprobs, expected, rtol=1e-6)
+    exact = np.asarray(LOGITS, np.float64) / np.float32(temperature)
+    expected = exact - np.log(np.exp(exact).sum(-1, keepdims=True))
+    # The sum of the weights is rounded to 2^-24 of itself.
+    np.testing.assert_allclose(logprobs, expected[np.arange(64), tokens], rtol=1e-6, atol=2e-7)
 
 
 def test_greedy_logprobs_are_at_temperature_one():
@@ -96,11 +115,29 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}],
+    [
+        {"max_tokens": 0},
+        {"max_tokens": 3.5},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"n": 2.0},
+        {"logprobs": 1.0},
+        {"thinking_budget": 1.5},
+        {"stop_ids": (1 << 31,)},
+        {"stop_ids": (None,)},
+        {"stop_ids": ("a",)},
+        {"stop_ids": (-1,)},
+        {"stop_ids": 5},
+    ],
 )
 def test_sampling_parameters_out_of_range(wrong):
+    params = SamplingParams()
+    for name, value in wrong.items():  # The tests' own check of types would come first.
+        object.__setattr__(params, name, value)
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} must .*got"):
-        SamplingParams(**wrong)
+        params.__post_init__()
 
 
 def test_bfloat16_head_is_the_float32_head():

@@ -13,8 +13,11 @@ import jsonschema_rs
 import openai
 import pytest
 
+from mmjax.engine.results import Output, TokenLogprob
 from mmjax.serve import ServeConfig
 from mmjax.serve.openapi import describe
+from mmjax.serve.replies import TextChoice
+from tests.mmjax.engines import byte_tokenizer
 from tests.mmjax.serving import CHAT, TEXT, ScriptedEngine, described, get, post, serving
 
 CALL = '{"name": "add", "arguments": {"a": 1, "b": 2}}'
@@ -234,6 +237,15 @@ def test_chat_logprobs(client):
     assert [(t.token, t.logprob) for t in tokens[0].top_logprobs] == [("!", -1.0), ('"', -2.0)]
     choices, _ = streamed(client, "plain", logprobs=True, top_logprobs=2)
     assert choices[0]["logprobs"] == [t.token for t in tokens]
+
+
+def test_text_offsets_count_characters_of_several_tokens():
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode("é!ab")
+    logprobs = [TokenLogprob(i, -1.0, []) for i in ids]
+    choice = TextChoice(0, tokenizer, logprobs=True)
+    (chunk,) = choice.feed(Output("r", 0, ids, "é!ab", logprobs, "length", 1, 0))
+    assert chunk["logprobs"]["text_offset"] == [0, 0, 1, 2, 3]
 
 
 def test_completions(client):

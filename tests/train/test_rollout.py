@@ -29,7 +29,9 @@ def sampler():
     return Sampler(tiny_model(300), TOKENIZER, cfg, make_mesh(devices=jax.devices()[:1]))
 
 
-def ask(sampler, number, prompt=(5, 6, 7, 8)):
+def ask(sampler, number, prompt=None):
+    """A group; without a prompt, one whose thinking is open."""
+    prompt = TOKENIZER.encode("Go. <think>\n") if prompt is None else prompt
     return Asked(number, number, list(prompt), sampler.params(number, CFG.max_new_tokens))
 
 
