@@ -218,7 +218,8 @@ class Mixture:
         return found
 
     def _usable(self, pool: Pool) -> tuple[int, Example]:
-        for _ in range(len(pool.documents)):
+        # Twice, as each epoch has an order of its own: the last of one may be the first of the next.
+        for _ in range(2 * len(pool.documents)):
             number = self._next[pool.name]
             self._next[pool.name] += 1
             found = pool.documents[number]

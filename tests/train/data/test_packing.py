@@ -217,6 +217,13 @@ def test_source_without_a_usable_row():
         Mixture([pool("a", 1.0, sizes=(), skipped=[Skipped("empty", "nothing")])], 0.0).draw(0)
 
 
+def test_source_with_few_usable_rows():
+    """However far apart two epochs' orders put them."""
+    skipped = [Skipped("empty", "nothing")] * 20
+    mixture = Mixture([pool("a", 1.0, sizes=(3,), skipped=skipped)], 0.0)
+    assert len(draw(mixture, 200)) == 200
+
+
 # Stages.
 
 
