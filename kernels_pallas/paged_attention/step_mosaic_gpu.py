@@ -74,7 +74,7 @@ def paged_attention_step_mosaic_gpu(
     there = jnp.arange(parts)[None] < -(-blocks // blocks_of_a_part(blocks, parts))[:, None]
     there = there[:, :, None, None]
     if parts > 1:
-        weights = jnp.nan_to_num(jax.nn.softmax(jnp.where(there, log_sum, -jnp.inf), axis=1))
+        weights = jax.nn.softmax(jnp.where(there, log_sum, -jnp.inf), axis=1)
         out = weights[..., None] * out.astype(jnp.float32)
     out = jnp.where(there[..., None], out, 0).sum(axis=1)
     return out[:, :, :share].reshape(q.shape).astype(q.dtype)
