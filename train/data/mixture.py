@@ -218,7 +218,8 @@ class Mixture:
         return found
 
     def _usable(self, pool: Pool) -> tuple[int, Example]:
-        # Twice, as each epoch has an order of its own: the last of one may be the first of the next.
+        # Twice, as each epoch has an order of its own: a row may be the first of one and
+        # the last of the next.
         for _ in range(2 * len(pool.documents)):
             number = self._next[pool.name]
             self._next[pool.name] += 1
