@@ -191,9 +191,10 @@ def decode(model: Decoder, batch: int, context: int, chunk: int) -> float:
             start = time.perf_counter()
             outputs = engine.step()
             seconds = time.perf_counter() - start
-            if {o.request_id for o in outputs} == names and len(outputs[0].token_ids) == 16:
-                times += [seconds / 16] if begun == names else []
-            begun |= {o.request_id for o in outputs}
+            gaining = {o.request_id for o in outputs}
+            if begun == gaining == names and len(outputs[0].token_ids) == 16:
+                times.append(seconds / 16)
+            begun |= gaining
         return times
 
     run()

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs.minimax_m1 import get_config
 from mmjax.model import Decoder
@@ -27,7 +29,7 @@ from train.batches import Batch
 from train.cispo import cispo_step
 from train.config import build
 from train.optimizer import make_optimizer
-from train.state import init_state
+from train.state import TrainState, init_state
 
 
 def main() -> None:
@@ -38,23 +40,8 @@ def main() -> None:
     cfg = build(get_config("cispo"))
     mesh = make_mesh(cfg.mesh, described_devices(parse_topology(args.topology)))
     rl, parts = cfg.cispo, cfg.optimizer.microbatches
-    rows = NamedSharding(mesh, PartitionSpec(DEFAULT_RULES.batch))
-    count, new = rl.samples_per_update, rl.max_new_tokens
-
-    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-
-    real = jnp.float32
-    batch: Batch[Any] = Batch(
-        sequences=array(count, rl.max_prompt_tokens + new),
-        prompt_lengths=array(count),
-        lengths=array(count),
-        tokens=array(count, new),
-        behaviour=array(count, new, dtype=real),
-        anchor=array(count, new, dtype=real),
-        mask=array(count, new, dtype=real),
-        advantages=array(count, dtype=real),
-    )
+    count = rl.samples_per_update
+    batch = abstract_batch(mesh, count, rl.max_prompt_tokens, rl.max_new_tokens)
     optimizer = make_optimizer(cfg.optimizer, cfg.steps)
 
     def make() -> Decoder:
@@ -65,21 +52,50 @@ def main() -> None:
     )
     start = time.perf_counter()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        graphdef, params = nnx.split(nnx.eval_shape(make))
-        placed = jax.tree.leaves(param_shardings(params, mesh))
-        where = {x.shape: s for x, s in zip(jax.tree.leaves(params), placed, strict=True)}
-        whole = NamedSharding(mesh, PartitionSpec())
-        # Moments lie as their parameters do.
-        state = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where.get(x.shape, whole)),
-            jax.eval_shape(lambda: init_state(make(), optimizer, 0)[1]),
-        )
+        graphdef, state = abstract_state(make, optimizer, mesh)
         traced = cispo_step.trace(graphdef, optimizer, rl, state, batch, parts)
         memory = traced.lower(lowering_platforms=("tpu",)).compile().memory_analysis()
     held, beside = (n / 2**30 for n in (memory.argument_size_in_bytes, memory.temp_size_in_bytes))
     seconds = time.perf_counter() - start
     print(f"{held:.1f} GiB a chip of parameters, moments and samples, {beside:.1f} beside them")
     print(f"compiled for {args.topology} in {seconds:.0f} s")
+
+
+def abstract_state(
+    make: Callable[[], Decoder], optimizer: optax.GradientTransformation, mesh: Mesh
+) -> tuple[nnx.GraphDef[Decoder], TrainState]:
+    """Structure and abstract state of a job on a mesh, its moments like their parameters."""
+    graphdef, params = nnx.split(nnx.eval_shape(make))
+    placed = jax.tree.leaves(param_shardings(params, mesh))
+    where = {x.shape: s for x, s in zip(jax.tree.leaves(params), placed, strict=True)}
+    whole = NamedSharding(mesh, PartitionSpec())
+    state: TrainState = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where.get(x.shape, whole)),
+        jax.eval_shape(lambda: init_state(make(), optimizer, 0)[1]),
+    )
+    return graphdef, state
+
+
+def abstract_batch(mesh: Mesh, count: int, prompt: int, new: int) -> Batch[Any]:
+    """The samples of an update, `count` of prompts of `prompt` tokens and `new` new ones."""
+    rows = NamedSharding(mesh, PartitionSpec(DEFAULT_RULES.batch))
+
+    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+
+    def real(*shape: int) -> jax.ShapeDtypeStruct:
+        return array(*shape, dtype=jnp.float32)
+
+    return Batch(
+        sequences=array(count, prompt + new),
+        prompt_lengths=array(count),
+        lengths=array(count),
+        tokens=array(count, new),
+        behaviour=real(count, new),
+        anchor=real(count, new),
+        mask=real(count, new),
+        advantages=real(count),
+    )
 
 
 if __name__ == "__main__":

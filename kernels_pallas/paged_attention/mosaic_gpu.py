@@ -35,15 +35,22 @@ type _Shaped = jax.Array | jax.ShapeDtypeStruct
 
 def why_not(q: _Shaped, keys: _Shaped) -> str | None:
     """Why the kernel cannot take queries [B, T, H, K] and pages [N, P, G, page size, K]."""
-    size, dim = keys.shape[3:]
-    if q.dtype != jnp.bfloat16 or keys.dtype != jnp.bfloat16:
-        return f"it takes bfloat16; got {q.dtype} and {keys.dtype}"
-    if dim not in (64, 128):
-        return f"it needs heads of 64 or 128; got {dim}"
+    size = keys.shape[3]
+    if reason := why_not_heads(q, keys):
+        return reason
     if _KEYS % size or size % 8:
         return f"it needs pages of 8 to {_KEYS} tokens, a power of two; got {size}"
     if q.shape[1] % (_WORKERS * _QUERIES):
         return f"it needs queries in multiples of {_WORKERS * _QUERIES}; got {q.shape[1]}"
+    return None
+
+
+def why_not_heads(q: _Shaped, keys: _Shaped) -> str | None:
+    """Why no kernel over pages for Hopper can take them; None where one may."""
+    if q.dtype != jnp.bfloat16 or keys.dtype != jnp.bfloat16:
+        return f"it takes bfloat16; got {q.dtype} and {keys.dtype}"
+    if keys.shape[4] not in (64, 128):
+        return f"it needs heads of 64 or 128; got {keys.shape[4]}"
     return None
 
 

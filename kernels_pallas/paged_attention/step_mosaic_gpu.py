@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.hopper import LOG2E, MATRIX, ROW, Ref, tiled
+from kernels_pallas.paged_attention.mosaic_gpu import why_not_heads
 
 # Rows of a matrix product, most of them empty: the queries of a KV head are fewer.
 _QUERIES = 64
@@ -37,11 +38,9 @@ type _Shaped = jax.Array | jax.ShapeDtypeStruct
 
 def why_not(q: _Shaped, keys: _Shaped) -> str | None:
     """Why the kernel cannot take queries [B, 1, H, K] and pages [N, P, G, page size, K]."""
-    groups, size, dim = keys.shape[2:]
-    if q.dtype != jnp.bfloat16 or keys.dtype != jnp.bfloat16:
-        return f"it takes bfloat16; got {q.dtype} and {keys.dtype}"
-    if dim not in (64, 128):
-        return f"it needs heads of 64 or 128; got {dim}"
+    groups, size = keys.shape[2:4]
+    if reason := why_not_heads(q, keys):
+        return reason
     if size % 8 or (_KEYS % size and size % _KEYS):
         return f"it needs pages of 8, 16, 32 or a multiple of {_KEYS} tokens; got {size}"
     if q.shape[2] // groups > _QUERIES:
@@ -68,11 +67,12 @@ def paged_attention_step_mosaic_gpu(
     grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, rows - share), (0, 0)))
     seen = jnp.where(index[:, 0] < capacity, index[:, 0] + 1, 0)
     parts = max(min(-(-capacity // (_LEAST_BLOCKS * _KEYS)), _MOST_PARTS // (batch * groups)), 1)
-    out, log_sum = _partial(grouped, keys, values, table, seen, layer, parts)
     blocks = -(-seen // _KEYS)
+    span = blocks_of_a_part(blocks, parts)
+    out, log_sum = _partial(grouped, keys, values, table, seen, span, layer, parts)
     # Nothing is written where a row has no tokens.
-    there = jnp.arange(parts)[None] < -(-blocks // blocks_of_a_part(blocks, parts))[:, None]
-    there = there[:, :, None, None]
+    begin = jnp.arange(parts, dtype=jnp.int32)[None] * span[:, None]
+    there = (begin < blocks[:, None])[:, :, None, None]
     if parts > 1:
         weights = jax.nn.softmax(jnp.where(there, log_sum, -jnp.inf), axis=1)
         out = weights[..., None] * out.astype(jnp.float32)
@@ -92,6 +92,7 @@ def _partial(
     values: jax.Array,
     table: jax.Array,
     seen: jax.Array,
+    span: jax.Array,
     layer: jax.Array,
     parts: int,
 ) -> tuple[jax.Array, jax.Array]:
@@ -103,6 +104,7 @@ def _partial(
       values: [N, P, G, page size, K].
       table: [B, W].
       seen: Tokens that a row's query sees [B].
+      span: Blocks of keys of each of a row's parts [B].
       layer: [].
       parts: Most of a row.
 
@@ -234,6 +236,5 @@ def _partial(
         thread_name="warp_group",
         compiler_params=_PARAMS,
     )
-    span = blocks_of_a_part(-(-seen // _KEYS), parts)
     pools = (x.reshape(-1, size, dim) for x in (keys, values))
     return run(q, *pools, table, seen, span, layer[None])

@@ -98,10 +98,17 @@ class Engine:
     ) -> None:
         if prefix_block is None:
             prefix_block = max(prefill_chunk // 8, 16) if num_prefixes else prefill_chunk
-        _check_sizes(max_slots, page_size, prefill_chunk, prefix_block, num_prefixes)
-        for name, value in (("max_length", max_length), ("num_pages", num_pages)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name, value, least in (
+            ("max_slots", max_slots, 1),
+            ("max_length", max_length, 1),
+            ("page_size", page_size, 1),
+            ("num_pages", num_pages, 1),
+            ("prefix_block", prefix_block, 16),
+            ("num_prefixes", num_prefixes, 0),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        _check_chunks(prefill_chunk, prefix_block)
         self.cfg, self.tokenizer = model.cfg, tokenizer
         self._mesh, self._device = _mesh_of(model), _device_of(model)
         self._context = self._mesh or make_mesh(devices=[self._device])
@@ -675,17 +682,7 @@ def _table_widths(most: int, page_size: int) -> list[int]:
     return [*(width for width in widths if width < most), most]
 
 
-def _check_sizes(
-    slots: int, page_size: int, prefill_chunk: int, prefix_block: int, prefixes: int
-) -> None:
-    for name, value, least in (
-        ("max_slots", slots, 1),
-        ("page_size", page_size, 1),
-        ("prefix_block", prefix_block, 16),
-        ("num_prefixes", prefixes, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+def _check_chunks(prefill_chunk: int, prefix_block: int) -> None:
     ratio = prefill_chunk // prefix_block
     if ratio < 1 or ratio & (ratio - 1) or ratio * prefix_block != prefill_chunk:
         raise ValueError(

@@ -24,12 +24,17 @@ CLOSING = f"\n{THINK_END}\n\n"
 NO_THINKING = f"{THINK_START}{THINK_END}\n\n"
 
 
-def interruption(tokenizer: Tokenizer, prompt: Sequence[int], reply: Sequence[int]) -> list[int]:
+def interruption(
+    tokenizer: Tokenizer, prompt: Sequence[int] | np.ndarray, reply: Sequence[int]
+) -> list[int]:
     """Tokens that follow a reply whose thinking has used up its budget: the end of an open thinking
     part, all of one where nothing is written yet, otherwise none.
     """
-    before = tokenizer.decode(list(prompt))
-    if thinks(before + tokenizer.decode(list(reply))):
+    said = tokenizer.decode(list(reply))
+    # Of a prompt, which may be long and that many samples share, only where the reply says nothing.
+    if THINK_START.strip() not in said and THINK_END not in said:
+        said = tokenizer.decode(list(prompt)) + said
+    if thinks(said):
         return tokenizer.encode(CLOSING)
     return [] if len(reply) else tokenizer.encode(NO_THINKING)
 
@@ -179,7 +184,7 @@ class Sample:
         if self.thinking and params.thinking_budget == len(self.new):
             self.thinking = False
             assert tokenizer is not None
-            self.closing = interruption(tokenizer, self.request.prompt.tolist(), self.new)
+            self.closing = interruption(tokenizer, self.request.prompt, self.new)
         left = params.max_tokens - len(self.new)
         if self.thinking:
             assert params.thinking_budget is not None

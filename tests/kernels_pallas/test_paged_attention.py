@@ -96,3 +96,47 @@ def test_parts_of_a_row():
     """At least 512 tokens, and as many of them as the row needs."""
     blocks = jnp.array([0, 1, 8, 9, 64, 65])
     np.testing.assert_array_equal(step_mosaic_gpu.blocks_of_a_part(blocks, 8), [8, 8, 8, 8, 8, 16])
+
+
+def test_parts_are_put_together(monkeypatch):
+    """The kernel's place is taken by a loop over its parts; what it leaves unwritten is NaN."""
+    starts = []
+
+    def partial(q, keys, values, table, seen, span, layer, parts):
+        batch, groups, rows, dim = q.shape
+        out = np.full((batch, parts, groups, rows, dim), np.nan, np.float32)
+        log_sum = np.full(out.shape[:-1], np.nan, np.float32)
+        for row, part in np.ndindex(batch, parts):
+            first, size = (64 * int(span[row]) * n for n in (part, 1))
+            if first >= seen[row]:
+                continue
+            starts.append(first)
+            k, v = (
+                np.asarray(x)[int(layer), np.asarray(table)[row]].swapaxes(0, 1)
+                for x in (keys, values)
+            )
+            k, v = (
+                x.reshape(groups, -1, dim)[:, first : min(first + size, int(seen[row]))]
+                for x in (k, v)
+            )
+            scores = np.einsum("grk,gtk->grt", q[row], k) * dim**-0.5
+            log_sum[row, part] = np.log(np.exp(scores).sum(-1))
+            weights = np.exp(scores - log_sum[row, part][..., None])
+            out[row, part] = np.einsum("grt,gtk->grk", weights, v)
+        return jnp.asarray(out), jnp.asarray(log_sum)
+
+    monkeypatch.setattr(step_mosaic_gpu, "_partial", partial)
+    rng = np.random.default_rng(0)
+    size, width = 64, 24
+    keys, values = (draw(rng, 2, 60, GROUPS, size, DIM) for _ in range(2))
+    table = jnp.asarray(rng.permutation(60)[: 2 * width].reshape(2, width), jnp.int32)
+    table = jnp.concatenate([table, table[:1]])
+    q = draw(rng, 3, 1, HEADS, DIM)
+    # One that ends with a part, one that ends in the second, one that is idle.
+    index = jnp.asarray([[1535], [700], [size * width]], jnp.int32)
+    where = table, index, jnp.int32(1)
+    got = step_mosaic_gpu.paged_attention_step_mosaic_gpu(q, keys, values, *where)
+    assert starts == [0, 512, 1024, 0, 512]
+    np.testing.assert_allclose(
+        got, chunked.paged_attention_chunked(q, keys, values, *where), atol=1e-5
+    )

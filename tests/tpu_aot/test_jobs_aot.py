@@ -8,37 +8,22 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mmjax.config import ModelConfig
+from benchmarks.m1_update import abstract_batch, abstract_state
 from mmjax.engine import programs
 from mmjax.engine.sampling import Wanted
 from mmjax.model import Decoder
 from mmjax.plan import parse_topology
-from mmjax.plan.ahead import described_devices, find_compiler
+from mmjax.plan.ahead import described_devices
 from mmjax.sharding import DEFAULT_RULES, SERVING_RULES, make_mesh, param_shardings
-from train.batches import Batch
+from tests.tpu_aot.programs import NEEDS_COMPILER, SMALL
 from train.cispo import cispo_step
 from train.cispo_config import CispoConfig
 from train.config import DpoConfig, OptimizerConfig
 from train.dpo import dpo_step
 from train.optimizer import make_optimizer
-from train.state import init_state
 from train.step import language_step
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(find_compiler() is None, reason="libtpu is for x86-64 Linux alone"),
-]
-
-SMALL = ModelConfig.tiny(
-    hidden_size=256,
-    intermediate_size=256,
-    num_layers=2,
-    layer_types=("lightning", "softmax"),
-    head_dim=128,
-    num_experts=2,
-    dtype="bfloat16",
-    param_dtype="bfloat16",
-)
+pytestmark = NEEDS_COMPILER
 ONE, SPREAD = ("v5e:1x1", {}), ("v5e:2x4", {"data": 2, "expert": 2, "model": 2})
 LONG = ("v5p:2x2x2", {"data": 2, "context": 2, "model": 2})
 B, T = 8, 256  # packed rows; with two microbatches as many as the batch axes of any mesh here
@@ -60,18 +45,8 @@ def compile_for_tpu(function, *args, **kwargs):
     return lowered.as_text(), lowered.compile().memory_analysis()
 
 
-def training_state(mesh):
-    """Structure and abstract state of a job, its moments like their parameters."""
-
-    def make():
-        return Decoder(SMALL, rngs=nnx.Rngs(0), remat="layer")
-
-    graphdef, params = nnx.split(nnx.eval_shape(make))
-    placed = jax.tree.leaves(param_shardings(params, mesh))
-    where = {x.shape: s for x, s in zip(jax.tree.leaves(params), placed, strict=True)}
-    whole = NamedSharding(mesh, PartitionSpec())
-    state = jax.eval_shape(lambda: init_state(make(), OPTIMIZER, 0)[1])
-    return graphdef, jax.tree.map(lambda x: like(x, where.get(x.shape, whole)), state)
+def decoder():
+    return Decoder(SMALL, rngs=nnx.Rngs(0), remat="layer")
 
 
 def language(array):
@@ -97,16 +72,7 @@ def update(kind, mesh):
         rejected = {f"rejected_{name}": x for name, x in language(array).items()}
         batch = language(array) | rejected | {"reference": real(B, PAIRS, 2)}
         return dpo_step, (DpoConfig(),), batch, {}
-    batch = Batch(
-        sequences=array(R, PROMPT + NEW),
-        prompt_lengths=array(R),
-        lengths=array(R),
-        tokens=array(R, NEW),
-        behaviour=real(R, NEW),
-        anchor=real(R, NEW),
-        mask=real(R, NEW),
-        advantages=real(R),
-    )
+    batch = abstract_batch(mesh, R, PROMPT, NEW)
     return cispo_step, (CispoConfig(samples_per_prompt=2),), batch, {"microbatches": 2}
 
 
@@ -128,7 +94,7 @@ def test_update(kind, topology, sizes):
         jax.numpy_dtype_promotion("standard"),  # Optax multiplies floats by counts.
         jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
     ):
-        graphdef, state = training_state(mesh)
+        graphdef, state = abstract_state(decoder, OPTIMIZER, mesh)
         text, memory = compile_for_tpu(step, graphdef, OPTIMIZER, *config, state, batch, **how)
     for kernel in ("lightning_attention_dq", "lightning_attention_dkdv", "grouped_matmul_d_rhs"):
         assert kernel in text

@@ -4,13 +4,11 @@ import numpy as np
 import pytest
 
 from mmjax.plan import parse_topology
-from mmjax.plan.ahead import described_devices, find_compiler
+from mmjax.plan.ahead import described_devices
 from mmjax.sharding import ShardingError, make_mesh
+from tests.tpu_aot.programs import NEEDS_COMPILER
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(find_compiler() is None, reason="libtpu is for x86-64 Linux alone"),
-]
+pytestmark = NEEDS_COMPILER
 
 
 def test_the_expert_axis_is_a_line_of_the_torus():

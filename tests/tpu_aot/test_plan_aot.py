@@ -5,25 +5,11 @@ import json
 import pytest
 
 from mmjax import cli
-from mmjax.config import ModelConfig
 from mmjax.plan import Job, PlanError, counts, estimate, parse_topology
-from mmjax.plan.ahead import compile_ahead, find_compiler
+from mmjax.plan.ahead import compile_ahead
+from tests.tpu_aot.programs import NEEDS_COMPILER, SMALL
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(find_compiler() is None, reason="libtpu is for x86-64 Linux alone"),
-]
-
-SMALL = ModelConfig.tiny(
-    hidden_size=256,
-    intermediate_size=256,
-    num_layers=2,
-    layer_types=("lightning", "softmax"),
-    head_dim=128,
-    num_experts=2,
-    dtype="bfloat16",
-    param_dtype="bfloat16",
-)
+pytestmark = NEEDS_COMPILER
 CASES = [
     ("train", "v5p:2x2x1", {"data": 2, "expert": 2}),
     ("prefill", "v5e:2x4", {"data": 2, "expert": 2, "model": 2}),
