@@ -189,7 +189,7 @@ before = next(r["eval/initial_accuracy"] for r in records if "eval/initial_accur
 after = [r["eval/accuracy"] for r in records if "eval/accuracy" in r][-1]
 reward = [float(np.mean([r["reward"] for r in part])) for part in (records[:3], records[-3:])]
 lengths = records[0]["length"], records[-1]["length"]
-correlation = min(r["probability/correlation"] for r in records)
+correlation = min(r["probability/correlation"] for r in records if r["updates"])
 print(f"greedy accuracy on held-out problems {before:.3f} → {after:.3f}")
 print(f"reward of samples, three batches at either end {reward[0]:.3f} → {reward[1]:.3f}")
 print(f"tokens a sample {lengths[0]:.1f} → {lengths[1]:.1f}")

@@ -29,11 +29,24 @@ from train.curriculum import Curriculum, Windows
 from train.data.reasoning import ReasoningProblems, split_problems
 from train.job import Job, Scalars
 from train.losses import token_logprobs
-from train.rollout import Asked, Group, Sampler, accuracy, encode_prompt, evaluate, passed, score
+from train.rollout import (
+    Asked,
+    Group,
+    Sampler,
+    accuracy,
+    check_prompts,
+    encode_prompt,
+    evaluate,
+    passed,
+    score,
+)
 from train.state import TrainState
 from train.step import apply_gradients, router_metrics, values_and_gradients
 from train.tokenizing import job_tokenizer
 from train.watch import Health, Transcripts, entropy, rollout_metrics, task_rates
+
+# What begins the names of `policy_stats`.
+_OF_TOKENS = ("ratio/", "clipped/", "probability/")
 
 
 def run(cfg: JobConfig, workdir: Path) -> Job:
@@ -55,6 +68,8 @@ def run(cfg: JobConfig, workdir: Path) -> Job:
         cfg.data.tasks, cfg.data.size, rl.eval_problems, cfg.seed + 1, cfg.rewards
     )
     tokenizer = job_tokenizer(cfg, workdir, ())
+    for drawn in (problems, held_out):
+        check_prompts(drawn, tokenizer, rl.max_prompt_tokens)
     training, sampling = split_devices(cfg)
     job = Job(cfg, workdir, tokenizer, cfg.steps * rl.updates_per_batch, training)
     job.check_rows(rl.samples_per_update // cfg.optimizer.microbatches)
@@ -134,12 +149,23 @@ class Loop:
             "pipeline": self._pipeline.get_state(),
             "number": self._number,
             "step": self._step,
+            "problems": self._problems.digest,
         }
         return {"all": parts}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Back to a place."""
+        """Back to a place.
+
+        Raises:
+          ValueError: the problems were others, which the place counts in.
+        """
         parts = state["all"]
+        if parts["problems"] != self._problems.digest:
+            raise ValueError(
+                f"its problems were others than these {len(self._problems)}, and pass rates and "
+                "places are counted in them; go on with the same data.tasks (and files), "
+                "data.size, seed and cispo.eval_problems, or start in another workdir"
+            )
         self._curriculum.set_state(parts["curriculum"])
         self._windows.set_state(parts["windows"])
         self._pipeline.set_state(parts["pipeline"], self._ask)
@@ -216,8 +242,7 @@ class Loop:
 
     def _notice(self, taken: list[Group]) -> dict[str, Any]:
         """Metrics and transcripts of a batch; moves the curriculum on."""
-        # Of a batch that was there already, nothing has been sampled since the last.
-        seen, self._seen = self._seen or taken, []
+        seen, self._seen = self._seen, []
         rates = task_rates(seen, self._problems)
         self._curriculum.rates.record_tasks(rates)
         metrics = rollout_metrics(seen, taken, self._step)
@@ -234,10 +259,9 @@ class Loop:
         """The updates on one batch."""
         rl, graphdef = self._cfg.cispo, self._job.graphdef
         multiple = length_multiple(self._job.mesh)
-        batches = [
-            Batch(**self._job.put(by_sample(batch)._asdict()))
-            for batch in minibatches(taken, rl, self._windows.limit, multiple)
-        ]
+        dealt = minibatches(taken, rl, self._windows.limit, multiple)
+        counted = np.array([batch.mask.any() for batch in dealt], np.float32)
+        batches = [Batch(**self._job.put(by_sample(batch)._asdict())) for batch in dealt]
         if rl.anchor == "proximal":
             batches = [
                 b._replace(anchor=policy_logprobs(graphdef, rl, state.params, b)) for b in batches
@@ -249,7 +273,10 @@ class Loop:
             )
             updates.append(values)
         self._windows.record(np.concatenate([g.lengths for g in taken]), entropy(taken))
-        return state._replace(step=state.step + 1), _summary(updates)
+        values = summary_of(updates, counted)
+        if not counted.any():  # Nothing to compare.
+            values = {k: x for k, x in values.items() if not k.startswith(_OF_TOKENS)}
+        return state._replace(step=state.step + 1), values
 
     def _poll(self) -> None:
         """Gives the sampler new weights as soon as they are computed."""
@@ -427,16 +454,18 @@ def completion_logprobs(
 
 
 @jax.jit
-def _summary(updates: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
-    """Means over the updates of one batch; of what compares sampler and trainer the first, when
-    both may hold the same weights; of "max" the largest.
+def summary_of(updates: list[dict[str, jax.Array]], counted: jax.Array) -> dict[str, jax.Array]:
+    """Means over the updates of one batch that a token counts in, 1 in `counted`; of what compares
+    sampler and trainer the first, when both may hold the same weights; of "max" the largest.
     """
     summary = {}
+    shares = counted / jnp.maximum(counted.sum(), 1)
     for name in updates[0]:
         each = jnp.stack([u[name] for u in updates])
         largest, first = name.endswith("/max"), name.startswith("probability/")
-        summary[name] = each[0] if first else each.max() if largest else each.mean()
-    return summary
+        # Also of those that do not count a NaN shows.
+        summary[name] = each[0] if first else each.max() if largest else (shares * each).sum()
+    return summary | {"updates": counted.sum()}
 
 
 def _reached(metrics: Scalars, *, target: float) -> bool:

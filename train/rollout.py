@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from mmjax.config import ConfigError
 from mmjax.engine import Completion, Engine, RepetitionHalt, RequestError, SamplingParams
 from mmjax.engine.sample import interruption
 from mmjax.model import Decoder
@@ -304,6 +305,19 @@ def _halt(sampling: SamplingConfig) -> RepetitionHalt | None:
 def encode_prompt(tokenizer: Tokenizer, problem: Problem) -> list[int]:
     """Ids of the question in the chat template."""
     return tokenizer.encode(prompt_text(problem))
+
+
+def check_prompts(problems: ReasoningProblems, tokenizer: Tokenizer, longest: int) -> None:
+    """Raises ConfigError where prompts take more tokens than `longest`."""
+    lengths = [len(encode_prompt(tokenizer, problem)) for problem in problems]
+    over = sum(length > longest for length in lengths)
+    if over:
+        worst = int(np.argmax(lengths))
+        raise ConfigError(
+            f"cispo.max_prompt_tokens {longest}: {over} of {len(lengths)} prompts take more, up to "
+            f"{lengths[worst]} tokens of task {problems[worst].task!r}: "
+            f"{problems[worst].question[:200]!r}; raise it, or make the problems smaller"
+        )
 
 
 def texts_of(group: Group, tokenizer: Tokenizer) -> list[str]:

@@ -28,21 +28,30 @@ def rollout_metrics(
     sampler's entropy, staleness.
 
     Args:
-      groups: All that were sampled for a batch.
+      groups: All that were sampled since the batch before; in the asynchronous mode there may be
+        none, and then nothing is told of them.
       taken: Those that are trained on.
       version: Batches trained on before.
     """
+    stale = np.concatenate([version - g.versions[_drawn(g)] for g in taken])
+    metrics = {
+        "tokens_sampled": float(sum(g.lengths.sum() for g in groups)),
+        "tokens_trained": float(sum(g.lengths.sum() for g in taken)),
+        "batch_full": float(np.mean([g.has_signal for g in taken])),
+        "groups_sampled": float(len(groups)),
+        "staleness/mean": float(stale.mean()),
+        "staleness/max": float(stale.max()),
+    }
+    return metrics | _sample_metrics(groups) if groups else metrics
+
+
+def _sample_metrics(groups: Sequence[Group]) -> dict[str, float]:
     rewards = np.concatenate([g.rewards for g in groups])
     lengths = np.concatenate([g.lengths for g in groups])
     reasons = [reason for g in groups for reason in g.reasons]
-    stale = np.concatenate([version - g.versions[_drawn(g)] for g in taken])
     metrics = {
         "reward": float(rewards.mean()),
-        "tokens_sampled": float(lengths.sum()),
-        "tokens_trained": float(sum(g.lengths.sum() for g in taken)),
         "groups_kept": float(np.mean([g.has_signal for g in groups])),
-        "batch_full": float(np.mean([g.has_signal for g in taken])),
-        "groups_sampled": float(len(groups)),
         "length": float(lengths.mean()),
         "length/p99": float(np.percentile(lengths, 99)),
         "truncated": reasons.count("length") / len(reasons),
@@ -50,8 +59,6 @@ def rollout_metrics(
         "interrupted": float(np.mean([g.forced.any(1).mean() for g in groups])),
         "verifier_failures": float(sum(g.failures for g in groups)),
         "entropy": entropy(groups),
-        "staleness/mean": float(stale.mean()),
-        "staleness/max": float(stale.max()),
     }
     for name in sorted({name for g in groups for name in g.components}):
         values = [g.components[name] for g in groups if name in g.components]

@@ -32,6 +32,7 @@ class Problems:
 
     def __init__(self, first, count):
         self.families = {"toy": "rule"}
+        self.digest = f"{first} {count}"
         self._problems = [Problem("toy", f"{first + i}+{i}=", str(i), {}) for i in range(count)]
 
     def __len__(self):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mmjax.config import ConfigError
 from mmjax.sharding import make_mesh
 from tests.train.killed_job import Problems, make_start, parity
 from tests.train.killed_job import job as small_job
@@ -159,7 +160,13 @@ def test_job_on_split_devices_is_killed_and_goes_on(job, monkeypatch):
             batches[3] = None
             raise Killed
         batches[self._step] = [g.number for g in taken]
-        return notice(self, taken)
+        metrics, rates = notice(self, taken), dict(self._curriculum.rates.tasks)
+        again = notice(self, taken)
+        assert again["groups_sampled"] == 0, "what was told once is not told again"
+        assert "reward" not in again
+        assert self._curriculum.rates.tasks == rates
+        self._watched = metrics
+        return metrics
 
     monkeypatch.setattr(cispo.Loop, "_notice", note)
     with pytest.raises(Killed):
@@ -177,3 +184,6 @@ def test_job_on_split_devices_is_killed_and_goes_on(job, monkeypatch):
     # Before the first update the moved weights are the trainer's own.
     assert history[0]["staleness/max"] == 0
     assert history[0]["probability/correlation"] > 0.9999
+    monkeypatch.setattr(cispo, "split_problems", lambda *_: (Problems(100, 25), Problems(10, 4)))
+    with pytest.raises(ConfigError, match="its problems were others than these 25"):
+        cispo.run(dataclasses.replace(cfg, steps=6), workdir)

@@ -16,7 +16,7 @@ from tests.train.programs import (
     tiny_model,
 )
 from train.batches import Batch, bucket, by_sample, minibatches
-from train.cispo import cispo_step, policy_logprobs
+from train.cispo import cispo_step, policy_logprobs, summary_of
 from train.cispo_config import NORMALISERS, CispoConfig
 from train.config import JobConfig
 from train.rollout import Asked, Group, Sampler, encode_prompt
@@ -127,6 +127,19 @@ def test_update_without_a_signal_or_with_a_broken_gradient_changes_no_bit(first)
     state, _ = update(graphdef, state, whole)
     after = copied(state)
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (after, before)), strict=True))
+
+
+def test_metrics_of_a_batch_are_of_the_updates_that_count():
+    def update(loss, correlation, largest):
+        values = {"loss": loss, "probability/correlation": correlation, "ratio/max": largest}
+        return {name: jnp.float32(x) for name, x in values.items()}
+
+    updates = [update(1, 0.9, 2), update(4, 0.5, 5), update(0, 1, 0)]
+    told = summary_of(updates, np.array([1, 1, 0], np.float32))
+    expected = {"loss": 2.5, "probability/correlation": 0.9, "ratio/max": 5, "updates": 2}
+    assert told == pytest.approx(expected)
+    updates[2]["loss"] = jnp.float32(jnp.nan)
+    assert np.isnan(summary_of(updates, np.array([1, 1, 0], np.float32))["loss"])
 
 
 @pytest.mark.parametrize("normaliser", NORMALISERS)

@@ -8,13 +8,24 @@ import pytest
 from flax import nnx
 
 from mmjax.chat import THINK_END
+from mmjax.config import ConfigError
 from mmjax.engine import RequestError
 from mmjax.engine.sample import CLOSING
 from mmjax.sharding import make_mesh
 from tests.train.programs import problems_and_tokenizer, tiny_model
 from train.cispo_config import CispoConfig, SamplingConfig
 from train.config import JobConfig
-from train.rollout import Asked, Sampler, evaluate, overlong_penalty, passed, score, texts_of
+from train.rollout import (
+    Asked,
+    Sampler,
+    check_prompts,
+    encode_prompt,
+    evaluate,
+    overlong_penalty,
+    passed,
+    score,
+    texts_of,
+)
 
 PROBLEMS, TOKENIZER = problems_and_tokenizer(8)
 CFG = CispoConfig(
@@ -154,3 +165,12 @@ def test_penalty_grows_linearly_to_its_most_at_the_limit():
 def test_prompt_longer_than_the_config_allows(sampler):
     with pytest.raises(RequestError, match=r"takes 97 tokens, cispo.max_prompt_tokens is 96"):
         sampler.add(ask(sampler, 0, range(1, 98)))
+
+
+def test_prompts_are_checked_before_a_job_samples():
+    lengths = [len(encode_prompt(TOKENIZER, problem)) for problem in PROBLEMS]
+    check_prompts(PROBLEMS, TOKENIZER, max(lengths))
+    over = sum(n == max(lengths) for n in lengths)
+    says = f"{over} of {len(lengths)} prompts take more, up to {max(lengths)} tokens of task 'cha"
+    with pytest.raises(ConfigError, match=says):
+        check_prompts(PROBLEMS, TOKENIZER, max(lengths) - 1)

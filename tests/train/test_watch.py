@@ -51,6 +51,15 @@ def test_metrics_of_a_batch():
     np.testing.assert_allclose(list(task_rates(batch, PROBLEMS).values()), [1 / 3], rtol=1e-6)
 
 
+def test_a_batch_for_which_nothing_was_sampled_tells_of_what_it_takes_alone():
+    batch = groups()
+    metrics = rollout_metrics([], batch, 4)
+    whole = rollout_metrics(batch, batch, 4)
+    same = ("tokens_trained", "batch_full", "staleness/mean", "staleness/max")
+    expected = {name: whole[name] for name in same} | {"tokens_sampled": 0, "groups_sampled": 0}
+    assert metrics == expected
+
+
 def test_nothing_is_wrong_with_a_healthy_run():
     health = Health(AlertsConfig(after=0, min_entropy=0.1, max_grad_norm=1.0))
     assert not any(health.check(step, WELL) for step in range(1, 50))

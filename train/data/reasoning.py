@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
@@ -29,7 +31,8 @@ class ReasoningProblems:
       held_out: Whether these are the problems to evaluate on.
 
     Raises:
-      ConfigError: an unknown task, parameters that it does not take, a file that cannot be read.
+      ConfigError: an unknown task, parameters that it does not take or that have no problems, a
+        file that cannot be read.
     """
 
     def __init__(
@@ -53,7 +56,10 @@ class ReasoningProblems:
         seen = set(exclude)
         self._problems: list[Problem] = []
         for i in range(size):
-            problem = next(drawn[i % len(drawn)], None)
+            try:
+                problem = next(drawn[i % len(drawn)], None)
+            except ValueError as error:  # Of a generator: its parameters have no such problem.
+                raise ConfigError(f"task {tasks[i % len(drawn)]!r}: {error}") from None
             if problem is not None and problem.question not in seen:
                 seen.add(problem.question)
                 self._problems.append(problem)
@@ -66,6 +72,12 @@ class ReasoningProblems:
 
     def __getitem__(self, index: int) -> Problem:
         return self._problems[index]
+
+    @property
+    def digest(self) -> str:
+        """Of tasks and questions in their order: the same for the same problems."""
+        each = [(problem.task, problem.question) for problem in self._problems]
+        return hashlib.sha256(json.dumps(each).encode()).hexdigest()
 
     @property
     def texts(self) -> frozenset[str]:

@@ -128,6 +128,7 @@ def test_task_that_is_none(task):
         ("logic.sudoku(sizes=4)", "sizes"),
         ("logic.sudoku(size=5)", "size = 5; sudoku has 4 or 9"),
         ("logic.futoshiki(blanks=2)", "blanks = 2 is no share"),
+        ("logic.game_of_24(numbers=2, largest=4, target=17)", "no game found for target 17"),
         ("math(path='nowhere.jsonl')", "nowhere.jsonl does not exist"),
         ("math", "path"),
         ("judge.grade(path='x')", "needs either rewards.judge_url"),
