@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import typing
 
+from train.bounds import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE
+
 NORMALISERS = ("group_tokens", "tokens", "sample", "prompt", "max_tokens")
 SCALES = ("group", "batch", "none")
 
@@ -212,12 +214,50 @@ class AlertsConfig:
     patience: int = 3
 
 
+# By section.
+BOUNDS = {
+    "cispo": {
+        POSITIVE: "prompts_per_batch samples_per_prompt updates_per_batch max_prompt_tokens "
+        "max_new_tokens temperature length_buckets target_accuracy",
+        NOT_NEGATIVE: "correction_cap eval_every eval_problems",
+    },
+    "sampling": {
+        POSITIVE: "rounds retire_pass_rate retire_after window_steps",
+        NOT_NEGATIVE: "overlong_tokens overlong_penalty thinking_budget repetition_tokens slots "
+        "kv_tokens window_tolerance",
+        SHARE: "window_share",
+    },
+    "curriculum": {
+        NOT_NEGATIVE: "general_from general_full",
+        SHARE: "general_share",
+        BELOW_ONE: "memory",
+    },
+    "asynchronous": {NOT_NEGATIVE: "max_staleness sampler_devices"},
+    "alerts": {
+        POSITIVE: "patience",
+        NOT_NEGATIVE: "after min_entropy max_grad_norm",
+        SHARE: "min_correlation max_truncated",
+    },
+}
+
+
 def contradictions(
-    rl: CispoConfig, sampling: SamplingConfig, mode: AsynchronousConfig
+    rl: CispoConfig,
+    sampling: SamplingConfig,
+    curriculum: CurriculumConfig,
+    mode: AsynchronousConfig,
 ) -> list[str]:
     """Combinations that cannot be meant, each with the reason and the way out."""
     loss = _cispo_problems(rl) if rl.algorithm == "cispo" else _clip_problems(rl)
-    return [*_batch_problems(rl), *loss, *_sampling_problems(rl, sampling, mode)]
+    begins, full = curriculum.general_from, curriculum.general_full
+    ramp = _told(
+        (
+            0 < full < begins,
+            f"curriculum.general_full {full} is before curriculum.general_from {begins}; general "
+            "tasks have their full share once they have begun",
+        )
+    )
+    return [*_batch_problems(rl), *loss, *ramp, *_sampling_problems(rl, sampling, mode)]
 
 
 def _batch_problems(rl: CispoConfig) -> list[str]:
@@ -231,6 +271,8 @@ def _batch_problems(rl: CispoConfig) -> list[str]:
         problems.append(
             "cispo.samples_per_prompt 1 leaves no group to compare a sample with; take at least 2"
         )
+    if not rl.eval_problems:
+        problems.append("cispo.eval_problems 0 leaves nothing to evaluate on; take at least 1")
     return problems
 
 
@@ -238,7 +280,7 @@ def _cispo_problems(rl: CispoConfig) -> list[str]:
     cap, trust = rl.is_weight_cap, (rl.trust_low, rl.trust_high)
     return _anchor_problems(rl) + _told(
         (
-            cap <= 1,
+            not cap > 1,
             f"cispo.is_weight_cap {cap} is absolute, 1 + ε: at most 1 it would bind tokens that "
             f"have not moved; for ε = {cap} write {1 + cap}",
         ),
@@ -248,7 +290,7 @@ def _cispo_problems(rl: CispoConfig) -> list[str]:
             "not moved are not bound",
         ),
         (
-            trust.count(None) == 1 or any(t is not None and t <= 0 for t in trust),
+            trust.count(None) == 1 or any(t is not None and not t > 0 for t in trust),
             f"cispo.trust_low and trust_high are {trust}; they are the two sides of one mask: set "
             "both to positive values, or none",
         ),
@@ -313,27 +355,22 @@ def _sampling_problems(
     longest = rl.max_prompt_tokens + rl.max_new_tokens
     return _told(
         (
-            sampling.slots < 0 or sampling.kv_tokens < 0,
-            f"sampling.slots {sampling.slots} and kv_tokens {sampling.kv_tokens} must not be "
-            "negative",
-        ),
-        (
             0 < sampling.kv_tokens < longest,
             f"sampling.kv_tokens {sampling.kv_tokens} cannot hold one sample of "
             f"cispo.max_prompt_tokens + max_new_tokens = {longest}",
         ),
         (
-            list(stages) != sorted(set(stages)) or stages[-1] != rl.max_new_tokens,
-            f"sampling.windows {stages} must ascend and end with cispo.max_new_tokens "
-            f"{rl.max_new_tokens}",
+            [0, *stages] != sorted({0, *stages}) or stages[-1] != rl.max_new_tokens,
+            f"sampling.windows {stages} must ascend from above 0 and end with "
+            f"cispo.max_new_tokens {rl.max_new_tokens}",
         ),
         (
-            not 0 <= sampling.overlong_tokens < stages[0],
+            sampling.overlong_tokens >= stages[0],
             f"sampling.overlong_tokens {sampling.overlong_tokens} must be less than the shortest "
             f"limit, {stages[0]}",
         ),
         (
-            not 0 <= sampling.thinking_budget < stages[0],
+            sampling.thinking_budget >= stages[0],
             f"sampling.thinking_budget {sampling.thinking_budget} leaves no token of {stages[0]} "
             "for an answer",
         ),

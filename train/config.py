@@ -20,8 +20,10 @@ from mmjax.model import REMAT
 from mmjax.sharding import DEFAULT_RULES, ShardingError, ShardingRules
 from mmjax.vision import VisionConfig
 from train import stages
+from train.bounds import NOT_NEGATIVE, POSITIVE, SEED, outside
 from train.cispo_config import (
     ALGORITHMS,
+    BOUNDS,
     NORMALISERS,
     SCALES,
     AlertsConfig,
@@ -32,6 +34,7 @@ from train.cispo_config import (
     contradictions,
 )
 
+_REWARD_BOUNDS = {POSITIVE: "judge_tokens", NOT_NEGATIVE: "correct_weight format_weight"}
 _PRESETS = ("tiny", "minimax_text_01", "minimax_m1", "minimax_vl_01")
 
 
@@ -512,24 +515,11 @@ def _check(job: JobConfig) -> None:
         "checkpoint.every": job.checkpoint.every,
         "checkpoint.keep": job.checkpoint.keep,
         "log_every": job.log_every,
-        **{
-            f"cispo.{name}": getattr(job.cispo, name)
-            for name in [
-                "prompts_per_batch",
-                "samples_per_prompt",
-                "updates_per_batch",
-                "max_prompt_tokens",
-                "max_new_tokens",
-                "is_weight_cap",
-                "length_buckets",
-                "temperature",
-            ]
-        },
-        "sampling.rounds": job.sampling.rounds,
-        "sampling.window_steps": job.sampling.window_steps,
-        "alerts.patience": job.alerts.patience,
     }
     problems += [f"{n} must be positive, got {v}" for n, v in positive.items() if not v > 0]
+    problems += outside("", job, {SEED: "seed"})
+    for name, bounds in BOUNDS.items():
+        problems += outside(f"{name}.", getattr(job, name), bounds)
     problems += stages.problems(job)
     if job.task != "cispo" and not problems:
         problems += stages.division_problems(job)
@@ -538,7 +528,7 @@ def _check(job: JobConfig) -> None:
             f"checkpoint.export_every must not be negative, got {job.checkpoint.export_every}"
         )
     if job.task == "cispo" and not problems:
-        problems += contradictions(job.cispo, job.sampling, job.asynchronous)
+        problems += contradictions(job.cispo, job.sampling, job.curriculum, job.asynchronous)
         problems += _update_problems(job)
     every = max(job.checkpoint.every, 1)
     if job.checkpoint.keep_every < 0 or job.checkpoint.keep_every % every:
@@ -565,7 +555,14 @@ def _check(job: JobConfig) -> None:
 
 
 def _update_problems(job: JobConfig) -> list[str]:
-    problems = []
+    problems = outside("rewards.", job.rewards, _REWARD_BOUNDS)
+    if not job.rewards.correct_weight and not job.rewards.format_weight:
+        problems.append("rewards.correct_weight and format_weight are both 0: nothing is rewarded")
+    if job.evaluation.every:
+        problems.append(
+            f"evaluation.every {job.evaluation.every} is for pretrain and sft; cispo evaluates by "
+            "cispo.eval_every on cispo.eval_problems"
+        )
     rows, parts = job.cispo.samples_per_update, job.optimizer.microbatches
     if rows % parts:
         problems.append(

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import importlib
 import re
+import typing
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from tests.train.programs import lenient
 from train import config as job_config
 from train.batches import Batch, by_sample
 from train.cispo import cispo_step
+from train.cispo_config import BOUNDS
 from train.config import SourceConfig, build
 from train.data.reasoning import (
     ReasoningProblems,
@@ -202,15 +204,22 @@ def test_choices_of_the_loss_that_contradict_are_refused_with_the_reason(values,
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"sampling__windows": (32, 16)}, "must ascend and end with cispo.max_new_tokens 64"),
+        ({"sampling__windows": (32, 16)}, "and end with cispo.max_new_tokens 64"),
         ({"sampling__overlong_tokens": 64}, "must be less than the shortest limit, 64"),
         ({"sampling__thinking_budget": 64}, "leaves no token of 64 for an answer"),
-        ({"sampling__slots": -1}, "sampling.slots -1 and kv_tokens 0 must not be negative"),
+        ({"sampling__windows": (0, 64)}, "must ascend from above 0"),
         ({"sampling__kv_tokens": 100}, "kv_tokens 100 cannot hold one sample of"),
         ({"sampling__repetition_probability": 1.0}, r"must be in \(0, 1\), got 1.0"),
         ({"asynchronous__sampler_devices": 1}, "set asynchronous.max_staleness to at least 1"),
         ({"optimizer__microbatches": 7}, r"microbatches 7 does not divide the \d+ samples"),
         ({"optimizer__z_loss": 1e-4}, "z_loss 0.0001 is for pretrain and sft"),
+        ({"evaluation__every": 5}, r"evaluation.every 5 is for pretrain and sft; .*eval_every"),
+        ({"cispo__eval_problems": 0}, "eval_problems 0 leaves nothing to evaluate on"),
+        ({"rewards__correct_weight": 0}, "both 0: nothing is rewarded"),
+        (
+            {"curriculum__general_from": 50, "curriculum__general_full": 10},
+            "general_full 10 is before curriculum.general_from 50",
+        ),
     ],
 )
 def test_sampling_rules_that_contradict_are_refused(changes, says):
@@ -281,6 +290,43 @@ def test_mixture_that_makes_no_sense(sources, says):
 )
 def test_counts_must_be_positive(key):
     assert f"{key.replace('__', '.')} must be positive, got 0" in message(job(**{key: 0}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("seed", -1, r"in [0, 2**31)"),
+        ("seed", 2**40, r"in [0, 2**31)"),
+        ("cispo__correction_cap", -1.0, "0 or above"),
+        ("cispo__eval_problems", -5, "0 or above"),
+        ("cispo__temperature", float("inf"), "positive"),
+        ("cispo__temperature", float("nan"), "positive"),
+        ("sampling__slots", -1, "0 or above"),
+        ("sampling__overlong_penalty", -2.0, "0 or above"),
+        ("sampling__retire_after", 0, "positive"),
+        ("sampling__window_share", 7.0, "in [0, 1]"),
+        ("curriculum__memory", 1.0, "in [0, 1)"),
+        ("curriculum__general_share", 1.5, "in [0, 1]"),
+        ("asynchronous__max_staleness", -3, "0 or above"),
+        ("asynchronous__sampler_devices", -1, "0 or above"),
+        ("alerts__max_truncated", 5.0, "in [0, 1]"),
+        ("rewards__correct_weight", -1.0, "0 or above"),
+    ],
+)
+def test_numbers_of_reinforcement_have_bounds(key, value, says):
+    text = message(job(task="cispo", **{key: value}))
+    assert f"{key.replace('__', '.')} must be {says}, got {value}" in text
+
+
+@pytest.mark.parametrize("section", sorted(BOUNDS))
+def test_every_number_of_reinforcement_has_bounds(section):
+    cls = job_config.SECTIONS[section]
+    bounded = {key for keys in BOUNDS[section].values() for key in keys.split()}
+    hints = typing.get_type_hints(cls)
+    numbers = {name for name, hint in hints.items() if hint in (int, float)}
+    # Those that a rule of their own looks at.
+    others = {"is_weight_cap", "is_weight_floor", "repetition_probability"}
+    assert bounded | (others & numbers) == numbers
 
 
 # Every config, by the commands that its docstring gives.
