@@ -20,10 +20,9 @@ from mmjax.model import REMAT
 from mmjax.sharding import DEFAULT_RULES, ShardingError, ShardingRules
 from mmjax.vision import VisionConfig
 from train import stages
-from train.bounds import NOT_NEGATIVE, POSITIVE, SEED, outside
+from train.bounds import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Bounds, outside
 from train.cispo_config import (
     ALGORITHMS,
-    BOUNDS,
     NORMALISERS,
     SCALES,
     AlertsConfig,
@@ -33,8 +32,8 @@ from train.cispo_config import (
     SamplingConfig,
     contradictions,
 )
+from train.cispo_config import BOUNDS as CISPO_BOUNDS
 
-_REWARD_BOUNDS = {POSITIVE: "judge_tokens", NOT_NEGATIVE: "correct_weight format_weight"}
 _PRESETS = ("tiny", "minimax_text_01", "minimax_m1", "minimax_vl_01")
 
 
@@ -256,12 +255,12 @@ class EvaluationConfig:
 
 def check_evaluation(cfg: EvaluationConfig) -> list[str]:
     """What is wrong with the values."""
-    numbers = {"depths": cfg.depths, "samples": cfg.samples, "rows": cfg.rows}
-    numbers |= {f"lengths[{i}]": length for i, length in enumerate(cfg.lengths)}
-    wrong = [f"evaluation.{k} must be positive, got {v}" for k, v in numbers.items() if v < 1]
-    if cfg.every < 0:
-        wrong.append(f"evaluation.every must be 0 (never) or above, got {cfg.every}")
-    return wrong
+    wrong = outside("evaluation.", cfg, {POSITIVE: "depths samples rows", NOT_NEGATIVE: "every"})
+    return wrong + [
+        f"evaluation.lengths[{i}] must be positive, got {length}"
+        for i, length in enumerate(cfg.lengths)
+        if length < 1
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,6 +321,24 @@ SECTIONS: dict[str, type] = {
     "checkpoint": CheckpointConfig,
     "evaluation": EvaluationConfig,
 }
+# What their numbers may be.
+BOUNDS: dict[str, Mapping[Bounds, str]] = {
+    **CISPO_BOUNDS,
+    "data": {
+        POSITIVE: "size sequence_length batch_size streams prefetch tiles_per_row pairs_per_row",
+        SHARE: "bad_share direct_share",
+    },
+    "optimizer": {
+        POSITIVE: "eps microbatches",
+        NOT_NEGATIVE: "learning_rate warmup_steps decay_steps weight_decay clip_norm z_loss",
+        SHARE: "final_ratio",
+        BELOW_ONE: "b1 b2",
+    },
+    "dpo": {POSITIVE: "beta", NOT_NEGATIVE: "label_smoothing"},
+    "rewards": {POSITIVE: "judge_tokens", NOT_NEGATIVE: "correct_weight format_weight"},
+    "checkpoint": {POSITIVE: "every keep", NOT_NEGATIVE: "keep_every export_every"},
+}
+_JOB_BOUNDS = {POSITIVE: "steps log_every", SEED: "seed"}
 # Read by functions of their own.
 _OTHER_SECTIONS = ("model", "mesh", "sharding")
 
@@ -341,6 +358,7 @@ def build(config: ConfigDict) -> JobConfig:
     values: dict[str, Any] = {}
     for name, section in SECTIONS.items():
         values[name] = _typed(section, _section(raw, name, problems), f"{name}.", problems)
+        problems += outside(f"{name}.", values[name], BOUNDS.get(name, {}))
     model = _section(raw, "model", problems)
     mesh = _section(raw, "mesh", problems)
     for axis, size in mesh.items():
@@ -349,11 +367,13 @@ def build(config: ConfigDict) -> JobConfig:
     sharding = _sharding(_section(raw, "sharding", problems), problems)
     job = _typed_fields(JobConfig, raw, "", problems, skip=set(_OTHER_SECTIONS) | set(SECTIONS))
     built = _model(model, problems)
-    if job.get("stages"):
+    for stage in job.get("stages", ()):
+        problems += outside(f"stage {stage.name!r}: ", stage, stages.BOUNDS)
+    if job.get("stages") and not problems:
         found = stages.total_steps(job["stages"], values["data"])
         if job.setdefault("steps", found) != found:
             problems.append(f"steps = {job['steps']}, but the stages have {found}; leave steps out")
-    for name in ("task", "steps"):
+    for name in ("task",) if job.get("stages") else ("task", "steps"):
         if name not in job:
             problems.append(f"{name} is not set")
     if problems or built is None:
@@ -502,36 +522,19 @@ def _check(job: JobConfig) -> None:
     for name, (value, known) in choices.items():
         if value not in known:
             problems.append(f"{name} = {value!r}; known: {', '.join(map(repr, known))}")
-    positive = {
-        "steps": job.steps,
-        "optimizer.microbatches": job.optimizer.microbatches,
-        "data.batch_size": job.data.batch_size,
-        "data.sequence_length": job.data.sequence_length,
-        "data.streams": job.data.streams,
-        "data.prefetch": job.data.prefetch,
-        "data.tiles_per_row": job.data.tiles_per_row,
-        "data.pairs_per_row": job.data.pairs_per_row,
-        "dpo.beta": job.dpo.beta,
-        "checkpoint.every": job.checkpoint.every,
-        "checkpoint.keep": job.checkpoint.keep,
-        "log_every": job.log_every,
-    }
-    problems += [f"{n} must be positive, got {v}" for n, v in positive.items() if not v > 0]
-    problems += outside("", job, {SEED: "seed"})
-    for name, bounds in BOUNDS.items():
-        problems += outside(f"{name}.", getattr(job, name), bounds)
+    problems += outside("", job, _JOB_BOUNDS)
+    if job.optimizer.decay == "exponential" and not job.optimizer.final_ratio:
+        problems.append(
+            "optimizer.decay 'exponential' never reaches 0; take an optimizer.final_ratio above 0, "
+            "or 'linear' or 'cosine'"
+        )
     problems += stages.problems(job)
     if job.task != "cispo" and not problems:
         problems += stages.division_problems(job)
-    if job.checkpoint.export_every < 0:
-        problems.append(
-            f"checkpoint.export_every must not be negative, got {job.checkpoint.export_every}"
-        )
     if job.task == "cispo" and not problems:
         problems += contradictions(job.cispo, job.sampling, job.curriculum, job.asynchronous)
         problems += _update_problems(job)
-    every = max(job.checkpoint.every, 1)
-    if job.checkpoint.keep_every < 0 or job.checkpoint.keep_every % every:
+    if job.checkpoint.keep_every % job.checkpoint.every:
         problems.append(
             f"checkpoint.keep_every {job.checkpoint.keep_every} is no multiple of checkpoint.every "
             f"{job.checkpoint.every}"
@@ -555,7 +558,7 @@ def _check(job: JobConfig) -> None:
 
 
 def _update_problems(job: JobConfig) -> list[str]:
-    problems = outside("rewards.", job.rewards, _REWARD_BOUNDS)
+    problems = []
     if not job.rewards.correct_weight and not job.rewards.format_weight:
         problems.append("rewards.correct_weight and format_weight are both 0: nothing is rewarded")
     if job.evaluation.every:
@@ -578,7 +581,7 @@ def _dpo_problems(job: JobConfig) -> list[str]:
     problems = []
     if job.data.source != "text":
         problems.append(f"dpo reads data.source 'text', got {job.data.source!r}")
-    if not 0 <= job.dpo.label_smoothing < 0.5:
+    if job.dpo.label_smoothing >= 0.5:
         problems.append(f"dpo.label_smoothing must be in [0, 0.5), got {job.dpo.label_smoothing}")
     if job.optimizer.z_loss:
         problems.append(f"optimizer.z_loss {job.optimizer.z_loss} is for pretrain and sft")

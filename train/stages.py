@@ -11,9 +11,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from train.bounds import NOT_NEGATIVE
+
 if TYPE_CHECKING:
     from train.config import DataConfig, JobConfig, OptimizerConfig
 
+# What the numbers of a stage may be.
+BOUNDS = {
+    NOT_NEGATIVE: "tokens steps sequence_length batch_size microbatches rope_theta "
+    "router_aux_loss_coef learning_rate"
+}
 DECAYS = ("constant", "cosine", "linear", "exponential")
 
 
@@ -127,14 +134,25 @@ def problems(cfg: JobConfig) -> Iterator[str]:
     for name in sorted({n for n in names if names.count(n) > 1}):
         yield f"two stages are called {name!r}"
     known = [source.name for source in cfg.data.mixture]
+    rate = cfg.optimizer.learning_rate
     for stage in cfg.stages:
         where = f"stage {stage.name!r}"
+        before, rate = rate, rate if stage.learning_rate is None else stage.learning_rate
+        if stage.decay == "exponential" and before != rate and not min(before, rate):
+            yield (
+                f"{where}: decay 'exponential' from {before:g} to {rate:g} neither leaves nor "
+                "reaches 0; take 'linear' or 'cosine'"
+            )
         if (stage.steps > 0) == (stage.tokens > 0):
             yield f"{where} needs steps or tokens, one of them above 0"
         if stage.decay not in DECAYS:
             yield f"{where}: decay {stage.decay!r}; known: {', '.join(DECAYS)}"
         if unknown := sorted(set(stage.weights) - set(known)):
             yield f"{where} weighs {', '.join(unknown)}; data.mixture has {', '.join(known)}"
+        if stage.weights and not (
+            min(stage.weights.values()) >= 0 and 0 < sum(stage.weights.values()) < math.inf
+        ):
+            yield f"{where}: weights must not be negative, and one above 0: {dict(stage.weights)}"
         if stage.blend and not stage.weights:
             yield f"{where} blends, but has no weights to go to"
 
@@ -182,8 +200,9 @@ def decay(kind: str, start: float, end: float, steps: int) -> optax.Schedule:
         return optax.constant_schedule(end)
     if kind == "linear":
         return optax.linear_schedule(start, end, steps)
-    if kind == "cosine":
-        return optax.cosine_decay_schedule(start, steps, end / start)
+    if kind == "cosine":  # Also from 0 upwards, which Optax has none for.
+        left = optax.cosine_decay_schedule(1.0, steps)
+        return lambda count: end + (start - end) * left(count)
     return optax.exponential_decay(start, steps, end / start, end_value=end)
 
 

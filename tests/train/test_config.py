@@ -21,7 +21,6 @@ from tests.train.programs import lenient
 from train import config as job_config
 from train.batches import Batch, by_sample
 from train.cispo import cispo_step
-from train.cispo_config import BOUNDS
 from train.config import SourceConfig, build
 from train.data.reasoning import (
     ReasoningProblems,
@@ -248,7 +247,7 @@ def test_text_without_paths():
     [
         ({"every": 4, "keep_every": 6}, "keep_every 6 is no multiple of checkpoint.every 4"),
         ({"export_every": 5}, "export_every needs checkpoint.export"),
-        ({"export_every": -5, "export": "hf"}, "export_every must not be negative, got -5"),
+        ({"export_every": -5, "export": "hf"}, "export_every must be 0 or above, got -5"),
     ],
 )
 def test_checkpoints_that_make_no_sense(changes, says):
@@ -311,22 +310,43 @@ def test_counts_must_be_positive(key):
         ("asynchronous__sampler_devices", -1, "0 or above"),
         ("alerts__max_truncated", 5.0, "in [0, 1]"),
         ("rewards__correct_weight", -1.0, "0 or above"),
+        ("optimizer__learning_rate", -1e-3, "0 or above"),
+        ("optimizer__learning_rate", float("nan"), "0 or above"),
+        ("optimizer__b1", 2.0, "in [0, 1)"),
+        ("optimizer__eps", -1.0, "positive"),
+        ("optimizer__final_ratio", -0.1, "in [0, 1]"),
+        ("optimizer__clip_norm", -1.0, "0 or above"),
+        ("data__sequence_length", -8, "positive"),
+        ("data__bad_share", 2.0, "in [0, 1]"),
+        ("checkpoint__keep", 0, "positive"),
+        ("evaluation__every", -1, "0 or above"),
     ],
 )
-def test_numbers_of_reinforcement_have_bounds(key, value, says):
+def test_numbers_have_bounds(key, value, says):
     text = message(job(task="cispo", **{key: value}))
     assert f"{key.replace('__', '.')} must be {says}, got {value}" in text
 
 
-@pytest.mark.parametrize("section", sorted(BOUNDS))
-def test_every_number_of_reinforcement_has_bounds(section):
-    cls = job_config.SECTIONS[section]
-    bounded = {key for keys in BOUNDS[section].values() for key in keys.split()}
-    hints = typing.get_type_hints(cls)
+# Those that a rule of their own looks at.
+OF_RULES = {
+    "cispo": {"is_weight_cap", "is_weight_floor"},
+    "sampling": {"repetition_probability"},
+    "evaluation": {"every", "depths", "samples", "rows"},
+}
+
+
+@pytest.mark.parametrize("section", sorted(job_config.SECTIONS))
+def test_every_number_has_bounds(section):
+    keys = job_config.BOUNDS.get(section, {}).values()
+    bounded = {key for each in keys for key in each.split()}
+    hints = typing.get_type_hints(job_config.SECTIONS[section])
     numbers = {name for name, hint in hints.items() if hint in (int, float)}
-    # Those that a rule of their own looks at.
-    others = {"is_weight_cap", "is_weight_floor", "repetition_probability"}
-    assert bounded | (others & numbers) == numbers
+    assert bounded | OF_RULES.get(section, set()) == numbers
+
+
+def test_exponential_decay_to_nothing():
+    text = message(job(optimizer__decay="exponential", optimizer__final_ratio=0))
+    assert "never reaches 0; take an optimizer.final_ratio above 0" in text
 
 
 # Every config, by the commands that its docstring gives.

@@ -85,6 +85,24 @@ def test_rate_goes_from_stage_to_stage():
     assert seen == pytest.approx([0.4, 0.8, 0.8, 0.8, *falling, *last, 0.1, 0.1], rel=1e-5)
 
 
+def test_cosine_falls_to_nothing_and_rises_again():
+    stages = [
+        {"name": "down", "steps": 4, "learning_rate": 0, "decay": "cosine"},
+        {"name": "up", "steps": 4, "learning_rate": 0.4, "decay": "cosine"},
+    ]
+    cfg = build(config(stages, optimizer={"learning_rate": 0.8}))
+    rate = learning_rate(cfg.optimizer, cfg.steps, resolve(cfg))
+    turn = np.cos(np.pi / 4)
+    falling = [0.8, 0.4 * (1 + turn), 0.4, 0.4 * (1 - turn)]
+    rising = [0, 0.2 * (1 - turn), 0.2, 0.2 * (1 + turn), 0.4]
+    assert [float(rate(i)) for i in range(9)] == pytest.approx(falling + rising, abs=1e-6)
+
+
+def test_sizes_are_checked_before_steps_are_counted():
+    with pytest.raises(ConfigError, match=r"data\.batch_size must be positive, got 0"):
+        build(config([{"name": "x", "tokens": 100}], data={"mixture": SOURCES, "batch_size": 0}))
+
+
 WRONG = [
     ({"name": "warm"}, "two stages are called 'warm'"),
     ({"steps": 0}, "stage 'x' needs steps or tokens, one of them above 0"),
@@ -94,6 +112,11 @@ WRONG = [
     ({"weights": {"short": "much"}}, "weights = {'short': 'much'} is no"),
     ({"blend": True}, "stage 'x' blends, but has no weights to go to"),
     ({"microbatches": 3}, "batch_size 8 is no multiple of optimizer.microbatches 3"),
+    ({"batch_size": -8}, "stage 'x': batch_size must be 0 or above, got -8"),
+    ({"rope_theta": -1.0}, "stage 'x': rope_theta must be 0 or above, got -1.0"),
+    ({"weights": {"short": 0}}, "one above 0: {'short': 0.0}"),
+    ({"weights": {"short": 2, "long": -1}}, "weights must not be negative"),
+    ({"learning_rate": 0, "decay": "exponential"}, "'exponential' from 0.8 to 0 neither"),
     ({"rope_tetha": 1.0}, "unknown key its rope_tetha; did you mean its rope_theta"),
 ]
 
