@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -121,17 +122,17 @@ class Checkpoints:
         return {"state": found["state"], "data": found["data"]}
 
     def _check_fit(self, step: int, like: Mapping[str, jax.Array]) -> None:
-        """Raises ConfigError for a checkpoint whose arrays have other names or shapes."""
+        """Raises ConfigError for a checkpoint whose arrays have other names, shapes or dtypes."""
         folder = self._manager.directory / str(step) / "state"
         with closing(ocp.StandardCheckpointHandler()) as reader:
             saved = reader.metadata(folder).tree
-        shapes = {name: tuple(x.shape) for name, x in saved.items()}
-        wanted = {name: tuple(x.shape) for name, x in like.items()}
-        for name in sorted(shapes.keys() ^ wanted.keys()):
-            raise self._unfit(step, f"{name} is only in {'it' if name in shapes else 'the job'}")
-        for name, shape in wanted.items():
-            if shapes[name] != shape:
-                raise self._unfit(step, f"{name} is {shapes[name]} there, {shape} in the job")
+        there = {name: _described(x) for name, x in saved.items()}
+        wanted = {name: _described(x) for name, x in like.items()}
+        for name in sorted(there.keys() ^ wanted.keys()):
+            raise self._unfit(step, f"{name} is only in {'it' if name in there else 'the job'}")
+        for name, described in wanted.items():
+            if there[name] != described:
+                raise self._unfit(step, f"{name} is {there[name]} there, {described} in the job")
 
     def _unfit(self, step: int, why: object) -> ConfigError:
         return ConfigError(
@@ -143,6 +144,11 @@ class Checkpoints:
         """Waits for the last save."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _described(x: Any) -> str:
+    """Dtype and shape of an array or of what stands for one."""
+    return f"{np.dtype(x.dtype).name}{list(x.shape)}"
 
 
 def _place(path: str) -> epath.Path:

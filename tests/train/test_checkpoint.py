@@ -115,6 +115,15 @@ def test_job_does_not_start_anew_where_all_checkpoints_are_damaged(killed):
         Run(killed).go()
 
 
+def test_checkpoint_of_another_dtype_is_whole_and_does_not_fit(killed, capsys):
+    other = Run(killed)
+    params = {"sum": other.job.state.params["sum"].astype(jnp.float32)}
+    other.job.state = other.job.state._replace(params=params)
+    with pytest.raises(ConfigError, match=r"'sum'\] is int32\[\] there, float32\[\] in the job"):
+        other.go()
+    assert "damaged" not in capsys.readouterr().err
+
+
 def test_checkpoint_that_was_not_finished_is_told_and_removed(killed, straight, capsys):
     unfinished = killed / "checkpoints" / "9.orbax-checkpoint-tmp"
     shutil.copytree(killed / "checkpoints" / "6", unfinished)

@@ -13,7 +13,7 @@ from tests.train.programs import lenient
 from train.metrics import read_metrics
 from train.optimizer import make_optimizer
 from train.scaling import grid
-from train.scaling.grid import Run, do, points_of, runs_of
+from train.scaling.grid import Run, claim, do, points_of, runs_of
 from train.scaling.laws import PFLOPS_DAY, PUBLISHED, Point, fit, frontier, train_flops_per_token
 from train.scaling.report import report
 
@@ -91,6 +91,8 @@ def trained(run, workdir, upto=None):
         if step % cfg.evaluation.every == 0 or step == cfg.steps:
             record["eval/loss"] = 5 * cfg.model.hidden_size**-0.1 * step**-0.05
         lines.append(json.dumps(record) + "\n")
+    (workdir / run.name / "metrics.jsonl").unlink(missing_ok=True)
+    claim(run, workdir / run.name, begun=False)
     (workdir / run.name / "metrics.jsonl").write_text("".join(lines))
 
 
@@ -108,6 +110,30 @@ def test_finished_runs_are_kept_and_others_resumed(tmp_path, monkeypatch):
     (first, *_) = points_of(finished, tmp_path)
     each = train_flops_per_token(finished.cfg.model, 256)
     assert first.compute * PFLOPS_DAY == pytest.approx(each * 40 * 2048)
+
+
+def test_runs_of_another_config_are_not_taken_for_these(tmp_path):
+    trained(runs_of(config())[0], tmp_path)
+    other = config()
+    other.job.optimizer.learning_rate = 0.12
+    with pytest.raises(ConfigError, match=r"1 keys differ: optimizer.learning_rate was .* is 0.12"):
+        do(runs_of(other)[0], tmp_path)
+
+
+def test_too_few_points_are_no_law(tmp_path, capsys):
+    small = config()
+    del small.sizes["32"], small.sizes["64"]
+    small.job.steps, small.job.evaluation.every = 10, 5
+    with pytest.raises(ConfigError, match=r"3 points, 1 sizes with evaluation.every 5 in 10 steps"):
+        runs_of(small)
+    runs = runs_of(config(kinds=("hybrid",)))
+    trained(runs[0], tmp_path, upto=2 * runs[0].cfg.evaluation.every)
+    report(runs, tmp_path, Console(width=200))
+    told = capsys.readouterr().out
+    assert "hybrid: a law needs 3 points on the frontier, got 2; take more sizes" in told
+    found = json.loads((tmp_path / "scaling.json").read_text())["hybrid"]
+    assert found["laws"] == {}
+    assert len(found["points"]) == 2
 
 
 def test_laws_are_printed_written_and_drawn(tmp_path, capsys):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from mmjax.config import LIGHTNING, SOFTMAX, ConfigError
@@ -14,7 +17,7 @@ from mmjax.plan.counts import active_parameters
 from train.config import JobConfig, build
 from train.job import Job
 from train.metrics import read_metrics
-from train.scaling.laws import PFLOPS_DAY, Point, train_flops_per_token
+from train.scaling.laws import LEAST_POINTS, PFLOPS_DAY, Point, train_flops_per_token
 from train.tasks import run_task
 
 _KINDS = ("softmax", "lightning", "hybrid")
@@ -63,6 +66,11 @@ def runs_of(config: ConfigDict) -> list[Run]:
             "scaling config: job needs the task 'pretrain', evaluation.every and evaluation.paths, "
             "whose loss is what the laws are about"
         )
+    if (points := len(sizes) * math.ceil(job.steps / job.evaluation.every)) < LEAST_POINTS:
+        raise ConfigError(
+            f"scaling config: a law needs {LEAST_POINTS} points, {len(sizes)} sizes with "
+            f"evaluation.every {job.evaluation.every} in {job.steps} steps give {points}"
+        )
     return runs
 
 
@@ -85,12 +93,34 @@ def do(run: Run, workdir: Path) -> Job | None:
     Args:
       run: Of the grid.
       workdir: Of the grid.
+
+    Raises:
+      ConfigError: its folder holds a run of another config.
     """
     folder = workdir / run.name
     done = read_metrics(folder)
+    claim(run, folder, begun=bool(done))
     if done and done[-1]["step"] >= run.cfg.steps and "eval/loss" in done[-1]:
         return None
     return run_task(run.cfg, folder)
+
+
+def claim(run: Run, folder: Path, *, begun: bool) -> None:
+    """Keeps a run's config beside it, and compares it with the one that is there."""
+    file = folder / "config.json"
+    config = flatten_dict(json.loads(json.dumps(dataclasses.asdict(run.cfg))), sep=".")
+    if not begun:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(config, indent=1) + "\n")
+        return
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    other = sorted(k for k in {**config, **kept} if config.get(k) != kept.get(k))
+    if other:
+        told = "; ".join(f"{k} was {kept.get(k)!r}, is {config.get(k)!r}" for k in other[:3])
+        raise ConfigError(
+            f"{folder} holds a run of another config ({len(other)} keys differ: {told}); take "
+            "another workdir, or remove that folder"
+        )
 
 
 def points_of(run: Run, workdir: Path) -> Iterator[Point]:

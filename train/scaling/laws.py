@@ -13,6 +13,8 @@ from mmjax.plan.counts import device_work
 from mmjax.plan.job import Job
 from mmjax.sharding import MESH_AXES
 
+# Through fewer of different compute a line says nothing: two have no residual.
+LEAST_POINTS = 3
 # FLOPs of a PFLOP/s-day, the paper's unit of compute.
 PFLOPS_DAY = 1e15 * 86_400
 
@@ -85,10 +87,15 @@ def fit(points: Sequence[Point]) -> Laws:
     """Least squares in logarithms through the frontier.
 
     Args:
-      points: On the frontier, at least two of different compute.
+      points: On the frontier, whose compute differs.
+
+    Raises:
+      ValueError: there are fewer than LEAST_POINTS.
 
     Source: MiniMax-01, section on scaling laws; Hoffmann et al. (arXiv 2203.15556), approach 1.
     """
+    if len(points) < LEAST_POINTS:
+        raise ValueError(f"a law needs {LEAST_POINTS} points on the frontier, got {len(points)}")
     compute = np.array([p.compute for p in points])
     return Laws(
         _power_law(compute, np.array([p.loss for p in points])),

@@ -20,7 +20,12 @@ def report(runs: list[Run], workdir: Path, console: Console) -> None:
     points: dict[str, list[Point]] = {}
     for run in runs:
         points.setdefault(run.kind, []).extend(points_of(run, workdir))
-    laws = {kind: fit(frontier(some)) for kind, some in points.items()}
+    laws = {}
+    for kind, some in points.items():
+        try:
+            laws[kind] = fit(frontier(some))
+        except ValueError as error:
+            console.print(f"{kind}: {error}; take more sizes, or a smaller evaluation.every")
     write(workdir, points, laws)
     console.print(table(laws))
     console.print(f"laws and points in {workdir}/scaling.json, picture in {workdir}/scaling.svg")
@@ -30,7 +35,10 @@ def write(workdir: Path, points: dict[str, list[Point]], laws: dict[str, Laws]) 
     """scaling.json and scaling.svg."""
     found = {
         kind: {
-            "laws": {name: law._asdict() for name, law in laws[kind]._asdict().items()},
+            "laws": {
+                name: law._asdict()
+                for name, law in (laws[kind]._asdict() if kind in laws else {}).items()
+            },
             "points": [point._asdict() for point in some],
             "frontier": [point._asdict() for point in frontier(some)],
         }
@@ -60,19 +68,22 @@ def draw(path: Path, points: dict[str, list[Point]], laws: dict[str, Laws]) -> N
 
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for kind, some in points.items():
-        colour, best, law = _COLOURS[kind], frontier(some), laws[kind].loss
+        colour, best = _COLOURS[kind], frontier(some)
         for run in dict.fromkeys(point.run for point in some):
             line = [point for point in some if point.run == run]
             axis.plot(*_curve(line), color=colour, alpha=0.3, linewidth=1)
         axis.plot(*_curve(best), "o", color=colour, markersize=3)
-        ends = np.array([best[0].compute, best[-1].compute])
-        name = f"{kind}: {law.coefficient:.3g} C^{law.exponent:.3f}"
-        axis.plot(ends, law.at(ends), "--", color=colour, label=name)
+        if kind in laws:
+            law = laws[kind].loss
+            ends = np.array([best[0].compute, best[-1].compute])
+            name = f"{kind}: {law.coefficient:.3g} C^{law.exponent:.3f}"
+            axis.plot(ends, law.at(ends), "--", color=colour, label=name)
     axis.set(
         xscale="log", yscale="log", xlabel="PFLOP/s-days", ylabel="held-out loss, nats a token"
     )
     axis.grid(alpha=0.3, which="both")
-    axis.legend()
+    if laws:
+        axis.legend()
     figure.savefig(path)
     plt.close(figure)
 
