@@ -110,7 +110,6 @@ def job(stage: str, out: Path, **changes: object) -> JobConfig:
     )
     if stage == "cispo":
         config.init_from = str(out / "start" / "model")
-        config.activations = "bfloat16"
     config.update_from_flattened_dict(changes)
     return build(config)
 

@@ -83,7 +83,6 @@ def get_config(stage: str = "cispo") -> ConfigDict:
     else:
         config.steps = 120
         config.init_from = "runs/cispo_h200/sft/model"
-        config.activations = "bfloat16"  # The folder has float32 weights.
         # With 16 updates a batch, 5e-5 finds less and loses some of it again.
         config.optimizer.learning_rate = 1e-5
         config.optimizer.warmup_steps = 32

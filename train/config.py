@@ -13,6 +13,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from mmjax.config import ConfigError, ModelConfig
@@ -273,9 +274,11 @@ class JobConfig:
       stages: Of the job one after the other; empty for one with the job's own settings.
       seed: Of everything random: initial weights, data order, sampling.
       model: Architecture; its vocab_size is raised to the tokenizer's.
-      init_from: Model folder or workdir whose parameters (and tokenizer) the job starts from.
-      activations: dtype of the activations where parameters that init_from names are of another;
-        empty for theirs.
+      model_keys: Those of `model` that the config sets, "vision.…" for its vision half's.
+      init_from: Model folder or workdir whose parameters (and tokenizer) the job starts from. Of
+        `model` the keys that the config sets then hold where the parameters leave them open (dtype
+        and param_dtype, the folder's otherwise, rope_theta, the coefficients of the routers), and
+        must agree where they do not.
       remat: What the backward pass recomputes, see `mmjax.Decoder`: "super_block", "layer",
         "products", "none".
       mesh: Size of each mesh axis; empty puts all devices on `data`.
@@ -288,8 +291,8 @@ class JobConfig:
     steps: int
     seed: int = 0
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig.tiny)
+    model_keys: tuple[str, ...] = ()
     init_from: str = ""
-    activations: str = ""
     remat: str = "super_block"
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
     sharding: ShardingRules = DEFAULT_RULES
@@ -360,12 +363,14 @@ def build(config: ConfigDict) -> JobConfig:
         values[name] = _typed(section, _section(raw, name, problems), f"{name}.", problems)
         problems += outside(f"{name}.", values[name], BOUNDS.get(name, {}))
     model = _section(raw, "model", problems)
+    model_keys = tuple(sorted(flatten_dict(model, sep=".").keys() - {"preset"}))
     mesh = _section(raw, "mesh", problems)
     for axis, size in mesh.items():
         if not isinstance(size, int) or isinstance(size, bool):
             problems.append(f"mesh.{axis} = {size!r} is no int")
     sharding = _sharding(_section(raw, "sharding", problems), problems)
-    job = _typed_fields(JobConfig, raw, "", problems, skip=set(_OTHER_SECTIONS) | set(SECTIONS))
+    others = {*_OTHER_SECTIONS, *SECTIONS, "model_keys"}
+    job = _typed_fields(JobConfig, raw, "", problems, skip=others)
     built = _model(model, problems)
     for stage in job.get("stages", ()):
         problems += outside(f"stage {stage.name!r}: ", stage, stages.BOUNDS)
@@ -378,7 +383,9 @@ def build(config: ConfigDict) -> JobConfig:
             problems.append(f"{name} is not set")
     if problems or built is None:
         raise ConfigError("job config: " + "; ".join(problems))
-    result = JobConfig(**job, **values, model=built, mesh=mesh, sharding=sharding)
+    result = JobConfig(
+        **job, **values, model=built, model_keys=model_keys, mesh=mesh, sharding=sharding
+    )
     _check(result)
     return result
 
@@ -508,7 +515,6 @@ def _check(job: JobConfig) -> None:
     choices = {
         "task": (job.task, ("pretrain", "sft", "dpo", "cispo")),
         "remat": (job.remat, REMAT),
-        "activations": (job.activations, ("", "float32", "bfloat16")),
         "data.source": (job.data.source, ("text", "reasoning", "pictures", "recall")),
         "optimizer.decay": (job.optimizer.decay, stages.DECAYS),
         "optimizer.moments": (job.optimizer.moments, ("", "float32", "bfloat16")),

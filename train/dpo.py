@@ -276,5 +276,5 @@ def _note(job: Job, table: np.ndarray, done: int) -> None:
 
 def _identity(cfg: JobConfig) -> str:
     """Changes when the batches or the reference do."""
-    told = (cfg.steps, cfg.seed, cfg.init_from, cfg.activations, dataclasses.asdict(cfg.data))
+    told = (cfg.steps, cfg.seed, cfg.init_from, cfg.model, dataclasses.asdict(cfg.data))
     return hashlib.sha256(repr(told).encode()).hexdigest()

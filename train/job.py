@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import operator
 import shutil
 import signal
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
 import mmjax
@@ -27,7 +29,7 @@ from train.checkpoint import Checkpoints
 from train.config import JobConfig
 from train.data.streams import Resumable
 from train.metrics import Metrics
-from train.optimizer import make_optimizer
+from train.optimizer import check_frozen, make_optimizer
 from train.stages import Stage, resolve
 from train.state import TrainState, init_state
 
@@ -64,6 +66,7 @@ class Job:
         model = self._initial_model()
         self.model_cfg = model.cfg
         self.frozen = cfg.optimizer.frozen
+        check_frozen(nnx.state(model), self.frozen)
         if model.cfg.vision is not None and cfg.data.source != "pictures":
             self.frozen = (*self.frozen, "vision.*")  # Weight decay alone would move it.
         stages = resolve(cfg) if cfg.stages else ()
@@ -75,14 +78,16 @@ class Job:
     def _initial_model(self) -> Decoder:
         if self.cfg.init_from:
             source = Path(self.cfg.init_from)
-            model = mmjax.load(source, mesh=self.mesh, rules=self.cfg.sharding)
+            asked = {key: operator.attrgetter(key)(self.cfg.model) for key in self.cfg.model_keys}
+            model = mmjax.load(
+                source, mesh=self.mesh, rules=self.cfg.sharding, dtype=asked.get("param_dtype")
+            )
+            model = _with_settings(model, asked, source)
             if model.cfg.vocab_size < self.tokenizer.vocab_size:
                 raise ConfigError(
                     f"the tokenizer has {self.tokenizer.vocab_size} ids, the model in {source} "
                     f"only {model.cfg.vocab_size}"
                 )
-            if self.cfg.activations:
-                model = _with_activations(model, self.cfg.activations)
             model.remat = self.cfg.remat
             return model
         vocab = max(self.cfg.model.vocab_size, self.tokenizer.vocab_size)
@@ -297,8 +302,36 @@ def _spared_by_collector() -> Iterator[Callable[[], None]]:
         gc.unfreeze()
 
 
-def _with_activations(model: Decoder, dtype: str) -> Decoder:
-    """The same parameters in a decoder whose activations are of this dtype."""
-    cfg = dataclasses.replace(model.cfg, dtype=dtype)
+# Keys of a trained model that a job may change, and those that say only how one begins.
+_OF_A_JOB = (
+    *("dtype", "rope_theta", "max_position_embeddings"),
+    *("router_aux_loss_coef", "expert_capacity_factor"),
+)
+_OF_A_START = ("param_dtype", "initializer_range", "bos_token_id", "eos_token_id")
+
+
+def _with_settings(model: Decoder, asked: Mapping[str, Any], source: Path) -> Decoder:
+    """The same parameters under the settings of `model` that a job names beside init_from.
+
+    Raises:
+      ConfigError: one that the parameters contradict.
+    """
+    has = flatten_dict(dataclasses.asdict(model.cfg), sep=".")
+    wrong = [
+        f"model.{key} {value!r} (there {has.get(key)!r})"
+        for key, value in asked.items()
+        if key not in (*_OF_A_JOB, *_OF_A_START)
+        and has.get(key) != value
+        # A tokenizer may have raised it.
+        and not (key == "vocab_size" and has[key] > value)
+    ]
+    if wrong:
+        raise ConfigError(
+            f"init_from {source} holds another model than {', '.join(wrong)}; leave these keys "
+            f"out, as a job that starts from a model can set {', '.join(_OF_A_JOB)} alone"
+        )
+    cfg = dataclasses.replace(model.cfg, **{k: asked[k] for k in _OF_A_JOB if k in asked})
+    if cfg == model.cfg:
+        return model
     structure = nnx.graphdef(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))))
     return nnx.merge(structure, nnx.state(model))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mmjax.config import ConfigError
 from train.config import OptimizerConfig
 from train.stages import Stage, decay, staged_rate
 
@@ -48,10 +49,27 @@ def is_frozen(params: Any, frozen: Sequence[str]) -> Any:
     """
 
     def one(path: tuple[Any, ...], _: Any) -> bool:
-        name = ".".join(re.findall(r"\w+", jax.tree_util.keystr(path)))
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in frozen)
+        return any(fnmatch.fnmatchcase(_name(path), pattern) for pattern in frozen)
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def check_frozen(params: Any, frozen: Sequence[str]) -> None:
+    """Raises ConfigError for a pattern that no parameter matches, and where all are frozen."""
+    names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for pattern in frozen:
+        if not fnmatch.filter(names, pattern):
+            raise ConfigError(
+                f"optimizer.frozen: no parameter matches {pattern!r}; some of their names: "
+                f"{', '.join(names[:: max(len(names) // 6, 1)])}"
+            )
+    if frozen and all(jax.tree.leaves(is_frozen(params, frozen))):
+        raise ConfigError(f"optimizer.frozen {tuple(frozen)} leaves no parameter to train")
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """By which a pattern knows a parameter."""
+    return ".".join(re.findall(r"\w+", jax.tree_util.keystr(path)))
 
 
 def make_optimizer(

@@ -78,6 +78,11 @@ def test_values_arrive_typed():
     assert built.model.num_layers == 2
 
 
+def test_keys_of_the_model_that_are_set_are_known():
+    built = build(job(model__preset="minimax_vl_01", model__vision__num_layers=2))
+    assert set(built.model_keys) == {"num_layers", "layer_types", "vision.num_layers"}
+
+
 def test_a_frozen_job_is_all_defaults_but_what_is_set():
     assert build(job()) == build(ConfigDict(VALID))
     assert build(job()).optimizer == job_config.OptimizerConfig()

@@ -1,7 +1,9 @@
 """The loop that every task runs in, with steps that cost nothing; and jobs that never start."""
 
+import dataclasses
 import os
 import signal
+from pathlib import Path
 
 import grain
 import jax
@@ -17,7 +19,7 @@ from mmjax.sharding import ShardingError, ShardingRules, make_mesh
 from tests.train.programs import assert_same, problems_and_tokenizer, tiny_model
 from train.cispo import _reached
 from train.config import CheckpointConfig, DataConfig, JobConfig
-from train.job import Job, _with_activations
+from train.job import Job, _with_settings
 from train.metrics import read_metrics
 from train.state import TrainState
 from train.tasks import run_task
@@ -146,12 +148,29 @@ def test_step_can_stop_the_job_with_a_checkpoint(straight, tmp_path):
     assert read_metrics(tmp_path) == read_metrics(straight.job.workdir)
 
 
-def test_loaded_parameters_can_have_narrower_activations():
+def test_a_job_sets_what_the_parameters_it_starts_from_leave_open():
     model = tiny_model(48)
-    narrow = _with_activations(model, "bfloat16")
+    asked = {"dtype": "bfloat16", "rope_theta": 5e6, "router_aux_loss_coef": 0.5}
+    same = {"vocab_size": 40, "hidden_size": model.cfg.hidden_size, "initializer_range": 1.0}
+    narrow = _with_settings(model, asked | same, Path("start"))
+    assert narrow.cfg == dataclasses.replace(model.cfg, **asked)
+    assert _with_settings(model, same, Path("start")) is model
     out = jax.eval_shape(lambda: narrow(jnp.zeros((1, 4), jnp.int32)))
     assert out.hidden.dtype == jnp.bfloat16
     assert_same(nnx.state(narrow), nnx.state(model))
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"hidden_size": 96}, r"another model than model.hidden_size 96 \(there 24\); leave"),
+        ({"vocab_size": 49}, r"model.vocab_size 49 \(there 48\)"),
+        ({"vision.num_layers": 2}, r"model.vision.num_layers 2 \(there None\)"),
+    ],
+)
+def test_a_job_does_not_set_what_the_parameters_say(asked, says):
+    with pytest.raises(ConfigError, match=says):
+        _with_settings(tiny_model(48), asked, Path("start"))
 
 
 def test_finished_job_does_nothing_more(tmp_path):

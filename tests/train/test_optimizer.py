@@ -7,11 +7,18 @@ import optax
 import pytest
 from flax import nnx
 
+from mmjax.config import ConfigError
 from mmjax.layers.lightning import LightningAttention
 from mmjax.layers.norm import RMSNorm
 from tests.train.programs import adamw, assert_same, tiny_model
 from train.config import OptimizerConfig
-from train.optimizer import _hashed, apply_updates, learning_rate, stochastic_round
+from train.optimizer import (
+    _hashed,
+    apply_updates,
+    check_frozen,
+    learning_rate,
+    stochastic_round,
+)
 
 
 def rates(updates, steps, **changes):
@@ -214,3 +221,13 @@ def test_moments_have_their_dtype_and_are_computed_in_float32(rounding, moments)
     assert params["w"].dtype == jnp.bfloat16
     np.testing.assert_allclose(params["router"], 0.2, rtol=1e-2)
     np.testing.assert_allclose(params["w"].astype(jnp.float32), 0.2, rtol=1.2e-2)
+
+
+def test_patterns_that_freeze_nothing_or_all():
+    params = {"head": {"kernel": jnp.zeros(2)}, "embed": jnp.zeros(2)}
+    check_frozen(params, ())
+    check_frozen(params, ("head.*",))
+    with pytest.raises(ConfigError, match=r"no parameter matches 'vision.\*'; .*: embed, head.ke"):
+        check_frozen(params, ("head.*", "vision.*"))
+    with pytest.raises(ConfigError, match="leaves no parameter to train"):
+        check_frozen(params, ("head.*", "emb*"))
