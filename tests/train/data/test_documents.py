@@ -295,6 +295,35 @@ def test_thinking_is_kept_or_dropped_wherever_it_stands(tokenizer):
         assert spans(encoded(messages, tokenizer, "drop"), tokenizer) == [f"2{EOS}"]
 
 
+def test_thinking_in_a_list_of_items_is_kept_or_dropped(tokenizer):
+    whole = {"role": "assistant", "content": [{"type": "text", "text": CHAT[2]["content"]}]}
+    answer = [{"type": "text", "text": "2"}]
+    apart = {"role": "assistant", "content": answer, "reasoning_content": "1 and 1"}
+    for message in (whole, apart):
+        kept, dropped = (
+            spans(encoded([CHAT[1], message], tokenizer, how), tokenizer)
+            for how in ("keep", "drop")
+        )
+        assert kept == [f"<think>\n1 and 1\n</think>\n\n2{EOS}"]
+        assert dropped == [f"2{EOS}"]
+
+
+def test_tools_may_be_json_and_in_openais_form(tokenizer):
+    tools = [{"name": "add", "description": "adds", "parameters": {}}]
+    wrapped = [{"type": "function", "function": tools[0]}]
+    plain = encoded(CHAT, tokenizer, tools=tools).ids.tolist()
+    for given in (json.dumps(tools), wrapped, json.dumps(wrapped)):
+        assert encoded(CHAT, tokenizer, tools=given).ids.tolist() == plain
+    bare = encoded(CHAT, tokenizer).ids.tolist()
+    for nothing in (None, "", "[]", "null"):
+        assert encoded(CHAT, tokenizer, tools=nothing).ids.tolist() == bare
+
+
+@pytest.mark.parametrize("tools", ["add", '["add"]', '{"name": "add"}', ["add"], {"name": "add"}])
+def test_tools_that_are_no_list_of_objects(tokenizer, tools):
+    assert encoded(CHAT, tokenizer, tools=tools).kind == "malformed"
+
+
 def test_tools_and_calls_are_in_the_template(tokenizer):
     call = {"id": "1", "function": {"name": "add", "arguments": '{"a": 1}'}}
     messages = [
@@ -319,6 +348,8 @@ def test_tools_and_calls_are_in_the_template(tokenizer):
         ([{"role": "user", "content": 3}], "malformed"),
         (["x"], "malformed"),
         (None, "malformed"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}, CHAT[2]], "malformed"),
+        ([CHAT[1], {"role": "assistant", "content": 3}], "malformed"),
         (CHAT[:2], "empty"),
         ([], "empty"),
         ([*CHAT, {"role": "assistant", "content": "a" * 2000}], "too_long"),
