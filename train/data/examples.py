@@ -15,7 +15,7 @@ from train.data.documents import Record
 
 _NONE = np.zeros(0, np.int32)
 # What messages of any other form than a chat's may raise.
-_NO_CHAT = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+NO_CHAT = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 class Example(NamedTuple):
@@ -114,7 +114,7 @@ class ChatEncoder:
             messages = record.row.get(self._field)
             turns = self.turns(messages, self._field, offered_tools(record.row))
             example = self.example(turns)
-        except _NO_CHAT as error:
+        except NO_CHAT as error:
             return Skipped("malformed", f"{record.place}: {error}")
         wrong = self.refused(example, record.place)
         return wrong or example._replace(undecodable=record.undecodable)
@@ -205,7 +205,7 @@ class PairEncoder:
             alike = (a == b for a, b in zip(*turns, strict=False))
             context = sum(1 for _ in itertools.takewhile(bool, alike))
             chosen, rejected = (self._chats.example(each, context) for each in turns)
-        except _NO_CHAT as error:
+        except NO_CHAT as error:
             return Skipped("malformed", f"{record.place}: {error}")
         wrong = self._chats.refused(chosen, f"{record.place}: chosen")
         wrong = wrong or self._chats.refused(rejected, f"{record.place}: rejected")

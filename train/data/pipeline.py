@@ -13,7 +13,15 @@ from mmjax.config import ConfigError
 from mmjax.tokenizer import Tokenizer
 from train.config import DataConfig, JobConfig, SourceConfig
 from train.data.documents import Record, Source
-from train.data.examples import ChatEncoder, Example, PairEncoder, Skipped, TextEncoder, whole_chat
+from train.data.examples import (
+    NO_CHAT,
+    ChatEncoder,
+    Example,
+    PairEncoder,
+    Skipped,
+    TextEncoder,
+    whole_chat,
+)
 from train.data.mixture import Mixture, Pool, Rows, ordered
 from train.data.packing import PackedRows, Pictures
 from train.data.streams import Streams
@@ -165,14 +173,16 @@ def sample_texts(data: DataConfig, seed: int = 0) -> Iterator[str]:
 
 def _text_of(source: SourceConfig) -> Callable[[Record], Any]:
     def text(record: Record) -> str:
-        value = record.row.get(source.column)
-        if source.kind == "text":
-            return value if isinstance(value, str) else ""
+        found: Any = record.row.get(source.column)
         try:
-            value = whole_chat(record.row, "chosen") if source.kind == "preference" else value
-            return render_chat(value or (), reply=False)
-        except (ValueError, TypeError, KeyError, AttributeError):
+            if source.kind == "preference":
+                found = whole_chat(record.row, "chosen")
+            if source.kind != "text":
+                found = render_chat(found or (), reply=False)
+            found.encode()  # Half a surrogate pair is no text.
+        except NO_CHAT:
             return ""  # Told and counted when it is read for training.
+        return str(found)
 
     return text
 
