@@ -48,14 +48,16 @@ def render_chat(
       messages: Each with a "role" (system, user, assistant, tool) and "content": a string, or a
         list of {"type": "text", "text": ...} items and, for VL-01, {"type": "image"} or OpenAI's
         {"type": "image_url", ...}, which become IMAGE in their places. An assistant's may hold
-        "tool_calls" in OpenAI's form, with or without content; a tool's names its tool by "name",
-        in the message or in the item, or by the "tool_call_id" of an earlier call.
+        "tool_calls" in OpenAI's form, with or without content, their arguments as an object or as
+        its JSON text; a tool's names its tool by "name", in the message or in the item, or by the
+        "tool_call_id" of an earlier call.
       tools: {"name", "description", "parameters"} of each function that the model may call.
       reply: End with the header of the assistant's turn.
       document_start: What a prompt starts with: `Tokenizer.document_start`.
 
     Raises:
-      ValueError: an unknown role or kind of content, or a result without its tool's name.
+      ValueError: an unknown role or kind of content, tools or arguments that are no objects, or a
+        result without its tool's name.
 
     Source: the chat template released with MiniMax-M1, and its function call guide.
     """
@@ -82,15 +84,38 @@ def chat_turns(
     Raises:
       ValueError: what `render_chat` raises.
     """
-    system = "".join(_text(m) for m in messages if _role(m) == "system")
+    system = "".join(message_text(m) for m in messages if _role(m) == "system")
     if system:
         yield _turn("system", system)
     if tools:
+        if not all(isinstance(tool, Mapping) for tool in tools):
+            raise ValueError(f"tools must be a list of objects, got {tools!r:.80}")
         described = "".join(f"{_json(tool)}\n" for tool in tools)
         yield Turn(
             f"{BOS}system tool_setting=tools\n{_TOOLS_BEFORE}{described}{_TOOLS_AFTER}{EOS}\n"
         )
     yield from _conversation([m for m in messages if _role(m) != "system"])
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """A message's content as it is written, with IMAGE for its images.
+
+    Raises:
+      ValueError: the content is neither a string nor a list of text and image items.
+    """
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return "".join(map(_item, content))
+    what = "a string or a list of text and image items"
+    raise ValueError(f"chat content must be {what}, got {content!r}")
+
+
+def has_image(message: Mapping[str, Any]) -> bool:
+    """Whether a message's content holds an image item."""
+    content = message.get("content")
+    return isinstance(content, list) and any(map(_is_image, content))
 
 
 def thinks(text: str) -> bool:
@@ -118,7 +143,7 @@ def _conversation(messages: Sequence[Mapping[str, Any]]) -> Iterator[Turn]:
             results = ""
         calls = message.get("tool_calls") or ()
         names |= {call["id"]: call["function"]["name"] for call in calls}
-        text = _text(message) if message.get("content") is not None or not calls else ""
+        text = message_text(message) if message.get("content") is not None or not calls else ""
         yield _turn(message["role"], text + _called(calls, text))
     if results:
         yield _turn("tool", results)
@@ -131,12 +156,29 @@ def _turn(role: str, text: str) -> Turn:
 
 
 def _called(calls: Sequence[Mapping[str, Any]], text: str) -> str:
-    """Calls in OpenAI's form, whose arguments are a JSON text, as the model writes them."""
+    """Calls in OpenAI's form as the model writes them."""
     if not calls:
         return ""
-    functions = [call["function"] for call in calls]
-    lines = [f'{{"name": {_json(f["name"])}, "arguments": {f["arguments"]}}}\n' for f in functions]
+    lines = [
+        f'{{"name": {_json(f["name"])}, "arguments": {_arguments(f["arguments"])}}}\n'
+        for f in (call["function"] for call in calls)
+    ]
     return f"{'\n' if text else ''}{_CALLS_START}\n{''.join(lines)}{_CALLS_END}"
+
+
+def _arguments(value: Any) -> str:
+    """The JSON text of an object; one that is a text already stays as it was written."""
+    given = value
+    if isinstance(value, str):
+        try:
+            given = json.loads(value, parse_constant=_refuse)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"a call's arguments are no JSON: {value!r:.80}: {error}") from None
+    if not isinstance(given, Mapping):
+        raise ValueError(f"a call's arguments must be a JSON object, got {value!r:.80}")
+    if isinstance(value, str):
+        return value
+    return json.dumps(dict(given), ensure_ascii=False, allow_nan=False)
 
 
 def _results(message: Mapping[str, Any], names: Mapping[str, str]) -> str:
@@ -146,7 +188,7 @@ def _results(message: Mapping[str, Any], names: Mapping[str, str]) -> str:
     known = message.get("name") or names.get(str(call))
     text = ""
     for item in items:
-        result = _text({"content": [item]})
+        result = message_text({"content": [item]})
         name = item.get("name") or known
         if not name:
             raise ValueError(
@@ -164,22 +206,16 @@ def _role(message: Mapping[str, Any]) -> str:
     return str(role)
 
 
-def _text(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        return "".join(map(_item, content))
-    what = "a string or a list of text and image items"
-    raise ValueError(f"chat content must be {what}, got {content!r}")
-
-
 def _item(item: Any) -> str:
-    if isinstance(item, Mapping) and item.get("type") in ("image", "image_url"):
+    if _is_image(item):
         return IMAGE
     if _is_text(item):
         return str(item["text"])
     raise ValueError(f"chat content must be a list of text and image items, got {item!r}")
+
+
+def _is_image(item: Any) -> bool:
+    return isinstance(item, Mapping) and item.get("type") in ("image", "image_url")
 
 
 def _is_text(item: Any) -> bool:

@@ -23,7 +23,8 @@ class Tokenizer:
     """A byte-level BPE or any other `tokenizers` model with MiniMax's turn markers.
 
     Args:
-      backend: The parsed tokenizer.
+      backend: The parsed tokenizer. Truncation and padding, which its file may ask for, are taken
+        off: they would cut documents and fill prompts.
       eos: The token that ends a turn; generation stops there.
 
     Raises:
@@ -32,6 +33,8 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, eos: str = EOS) -> None:
         self.backend = backend
+        backend.no_truncation()
+        backend.no_padding()
         found = backend.token_to_id(eos)
         if found is None:
             raise TokenizerError(f"the tokenizer has no token {eos!r}, which ends a turn")
@@ -65,14 +68,32 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, added tokens included."""
-        return int(self.backend.get_vocab_size(with_added_tokens=True))
+        """One more than the highest id, added tokens included; some below may be of no token."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
     def document_start(self) -> str:
         """What a prompt starts with: M1's `<begin_of_document>`, where the vocabulary has it."""
         known = self.backend.token_to_id(_DOCUMENT_START) is not None
         return _DOCUMENT_START if known else ""
+
+    def check_turns(self) -> None:
+        """Checks that the marks of the chat template are tokens and that its turns end as replies.
+
+        Raises:
+          TokenizerError: it is of another family of models.
+        """
+        tokens = {mark: self.backend.token_to_id(mark) for mark in (BOS, EOS)}
+        missing = [mark for mark, token in tokens.items() if self.encode(mark) != [token]]
+        end = self.backend.id_to_token(self.eos_id)
+        if not missing and end == EOS:
+            return
+        why = f"has no token {' and no '.join(missing)}" if missing else f"ends replies with {end}"
+        raise TokenizerError(
+            f"the tokenizer {why}; chats are written in the template of MiniMax-M1, with {BOS} and "
+            f"{EOS} around turns: take a tokenizer of its family, or add the two as special tokens "
+            f"and name {EOS} as eos_token in tokenizer_config.json"
+        )
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text; special tokens in it become their ids, none is added."""

@@ -552,6 +552,8 @@ def _check(job: JobConfig) -> None:
             f"data.source 'pictures' is for the task sft and one folder in data.paths, got task "
             f"{job.task!r} and {len(job.data.paths)} paths"
         )
+    if job.task == "pretrain" and job.data.source in ("reasoning", "recall"):
+        problems.append(f"data.source {job.data.source!r} is for sft; pretrain reads 'text'")
     if job.data.source == "text" and job.task != "cispo":
         problems += _mixture_problems(job.data, job.task)
     if job.task == "dpo":

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -27,6 +28,7 @@ from train.data.pictures import (
     split_pictures,
 )
 from train.data.pipeline import example_stream
+from train.data.streams import Streams
 from train.gallery import Answer, write_gallery
 from train.job import Job
 from train.language import fit
@@ -56,7 +58,11 @@ def run(cfg: JobConfig, workdir: Path) -> Job:
     job = Job(cfg, workdir, tokenizer, cfg.steps)
     vision = _vision(job.model_cfg, tokenizer)
     examples, store = picture_examples(seen, tokenizer, vision, cfg.data)
-    fit(job, lambda cfg, **_: example_stream(examples, cfg, rows=job.rows, pictures=store))
+
+    def make(cfg: JobConfig, *, after: Mapping[str, Any] | None, **_: Any) -> Streams:
+        return example_stream(examples, cfg, after=after, rows=job.rows, pictures=store)
+
+    fit(job, make)
     if job.stop_signal is None and jax.process_count() == 1:
         report(name_pictures(job.model, tokenizer, held_out, cfg.data.question), workdir)
     return job

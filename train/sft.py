@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from mmjax.tokenizer import Tokenizer
 from train import pictures
 from train.config import JobConfig
 from train.data.pipeline import make_stream, sample_texts
@@ -26,13 +27,22 @@ def run(cfg: JobConfig, workdir: Path) -> Job:
     """
     if cfg.data.source == "pictures":
         return pictures.run(cfg, workdir)
-    if cfg.data.source == "recall":
-        tokenizer = recall_tokenizer(cfg, workdir)
-    elif cfg.data.source == "reasoning":
-        from train.data.reasoning import worked_texts  # reasoning-gym takes seconds to import
-
-        tokenizer = job_tokenizer(cfg, workdir, worked_texts(cfg))
-    else:
-        tokenizer = job_tokenizer(cfg, workdir, sample_texts(cfg.data))
+    tokenizer = data_tokenizer(cfg, workdir)
     job = Job(cfg, workdir, tokenizer, cfg.steps)
     return fit(job, partial(make_stream, tokenizer=tokenizer))
+
+
+def data_tokenizer(cfg: JobConfig, workdir: Path) -> Tokenizer:
+    """The tokenizer of a job, where need be one that is made for its data.
+
+    Args:
+      cfg: With any data.source but "pictures".
+      workdir: Folder of the job.
+    """
+    if cfg.data.source == "recall":
+        return recall_tokenizer(cfg, workdir)
+    if cfg.data.source == "text":
+        return job_tokenizer(cfg, workdir, sample_texts(cfg.data))
+    from train.data.reasoning import worked_texts  # reasoning-gym takes seconds to import
+
+    return job_tokenizer(cfg, workdir, worked_texts(cfg))

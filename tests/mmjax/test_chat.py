@@ -69,6 +69,18 @@ def test_a_written_call_is_the_call_that_is_read():
     assert json.loads(piece[2]) == json.loads(arguments)
 
 
+def test_arguments_may_be_an_object():
+    given = {"text": "it's é", "all": True, "none": None}
+    text = render_chat([{"role": "assistant", "tool_calls": [call("x", given)]}], reply=False)
+    assert '"arguments": {"text": "it\'s é", "all": true, "none": null}}\n' in text
+
+
+@pytest.mark.parametrize("given", ["{'a': 1}", "", "[1]", '{"a": NaN}', "[" * 100_000, [1], None])
+def test_arguments_that_are_no_object(given):
+    with pytest.raises(ValueError, match="a call's arguments"):
+        render_chat([{"role": "assistant", "tool_calls": [call("x", given)]}])
+
+
 def test_a_result_of_an_unknown_tool():
     with pytest.raises(ValueError, match="tool_call_id 'x' is no earlier call's"):
         render_chat([{"role": "tool", "tool_call_id": "x", "content": "3"}])

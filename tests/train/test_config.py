@@ -247,6 +247,12 @@ def test_text_without_paths():
     assert "data.paths is empty" in message(job(task="pretrain", data__source="text"))
 
 
+@pytest.mark.parametrize("source", ["reasoning", "recall"])
+def test_synthetic_tasks_are_not_to_pretrain_on(source):
+    told = f"data.source '{source}' is for sft; pretrain reads 'text'"
+    assert told in message(job(task="pretrain", data__source=source))
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -1,5 +1,7 @@
 """Problems and their verifiers, tokenizer, chat."""
 
+import json
+
 import numpy as np
 import pytest
 import reasoning_gym
@@ -8,15 +10,18 @@ from mmjax.chat import THINK_END, render_chat, split_thinking
 from mmjax.tokenizer import BOS, EOS, Tokenizer, TokenizerError
 from tests.train.programs import problems_and_tokenizer
 from train.cispo_config import SamplingConfig
+from train.config import DataConfig, JobConfig, SourceConfig
 from train.data.reasoning import (
     ReasoningProblems,
     prompt_text,
     split_problems,
     worked_solution,
 )
+from train.data.tokenizer import train_tokenizer
 from train.rewards.gym import GymSource
 from train.rewards.scoring import Score, score_completions
 from train.rollout import Group, score, texts_of
+from train.tokenizing import job_tokenizer
 
 # Problems.
 
@@ -205,6 +210,68 @@ def test_missing_and_broken_tokenizers(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(TokenizerError, match="is not a tokenizer"):
         Tokenizer.load(tmp_path)
+
+
+def changed(tokenizer, folder, change):
+    """The tokenizer as its file reads after a change to the JSON."""
+    tokenizer.save(folder)
+    file = folder / "tokenizer.json"
+    whole = json.loads(file.read_text())
+    change(whole)
+    file.write_text(json.dumps(whole))
+    return Tokenizer.load(folder)
+
+
+def test_truncation_and_padding_of_a_file_are_taken_off(tokenizer, tmp_path):
+    def short_and_wide(whole):
+        whole["truncation"] = {"max_length": 4, "strategy": "LongestFirst", "stride": 0}
+        whole["truncation"]["direction"] = "Right"
+        whole["padding"] = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_id": 0}
+        whole["padding"] |= {"pad_to_multiple_of": None, "pad_type_id": 0, "pad_token": BOS}
+
+    again = changed(tokenizer, tmp_path, short_and_wide)
+    for text in ("123456789", "1"):
+        assert again.encode(text) == tokenizer.encode(text)
+
+
+def test_vocabulary_reaches_the_highest_id(tokenizer, tmp_path):
+    def with_a_gap(whole):
+        whole["model"]["vocab"]["7"] = 900
+
+    again = changed(tokenizer, tmp_path, with_a_gap)
+    assert again.encode("7") == [900]
+    assert again.vocab_size == 901
+
+
+CHATS = (SourceConfig("c", ("a.jsonl",), kind="chat"),)
+TURNS = {
+    "chats": JobConfig("sft", 1, data=DataConfig(mixture=CHATS)),
+    "chats to pre-train on": JobConfig("pretrain", 1, data=DataConfig(mixture=CHATS)),
+    "preferences": JobConfig(
+        "dpo", 1, data=DataConfig(mixture=(SourceConfig("c", ("a",), kind="preference"),))
+    ),
+    "solutions": JobConfig("sft", 1, data=DataConfig("reasoning", tasks=ALL)),
+    "reinforcement": JobConfig("cispo", 1, data=DataConfig(tasks=ALL)),
+}
+
+
+@pytest.mark.parametrize("what", TURNS)
+def test_tokenizer_of_another_family_is_refused_where_there_are_turns(what, tmp_path):
+    train_tokenizer(["some text"], 280).save(tmp_path)
+    for file in tmp_path.iterdir():
+        text = file.read_text().replace(EOS, "<|im_end|>").replace(BOS, "<|im_start|>")
+        file.write_text(text)
+    with pytest.raises(TokenizerError, match=f"has no token {BOS} and no {EOS}; chats are"):
+        job_tokenizer(TURNS[what], tmp_path, ())
+    plain = JobConfig("sft", 1, data=DataConfig(paths=("a.txt",)))
+    assert job_tokenizer(plain, tmp_path, ()).decode([1]) == "<|im_end|>"
+
+
+def test_replies_that_end_otherwise_than_turns_are_refused(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</think>"}')
+    with pytest.raises(TokenizerError, match="the tokenizer ends replies with </think>; chats"):
+        job_tokenizer(TURNS["chats"], tmp_path, ())
 
 
 def test_chat_is_rendered_as_m1s_template():

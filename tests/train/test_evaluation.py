@@ -213,3 +213,30 @@ def test_text_that_is_not_there(tmp_path):
     cfg = EvaluationConfig(lengths=(64,), paths=(str(tmp_path / "none*"),))
     with pytest.raises(ConfigError, match="matches no file"):
         Suite(cfg, TOKENIZER, chat=False)
+
+
+def texts_of(folder, documents, rows):
+    """First words of the stretches that are read of such documents, and how many there are."""
+    for i, text in enumerate(documents):
+        (folder / f"{i:03}.txt").write_text(text)
+    cfg = EvaluationConfig(lengths=(32,), paths=(str(folder / "*.txt"),), rows=rows)
+    texts = Suite(cfg, TOKENIZER, chat=False).texts
+    return [TOKENIZER.decode(row[:1]) for row in texts.tokens], texts.segments.sum(1).tolist()
+
+
+def test_whole_stretches_are_spread_over_all_documents(tmp_path):
+    words = [f" {n}" * 31 for n in range(100, 115)]
+    assert texts_of(tmp_path, words, 8)[0] == [
+        f" {n}" for n in (100, 101, 103, 105, 107, 109, 111, 113)
+    ]
+
+
+def test_short_documents_are_read_where_whole_stretches_are_few(tmp_path):
+    words = [" 100" * 3, " 101" * 31, " 102" * 7]
+    assert texts_of(tmp_path, words, 8) == ([" 101", " 102", " 100"], [32, 8, 4])
+
+
+def test_task_that_is_named_twice():
+    cfg = EvaluationConfig(tasks=("niah", "multi_round", "niah"), lengths=(256,))
+    with pytest.raises(ConfigError, match=r"evaluation\.tasks names niah more than once"):
+        Suite(cfg, TOKENIZER, chat=True)

@@ -73,6 +73,19 @@ def test_all_values_of_a_key_are_in_the_haystack():
     assert len(sample.values) == 4
 
 
+@pytest.mark.parametrize("text", ["niah(values=4)", "niah(keys=2, queries=2, values=3)"])
+def test_values_of_a_key_are_answered_in_the_order_of_the_text(text):
+    for index in range(10):
+        sample = task(text).sample(index, 600, index / 9)
+        in_text: dict[str, list[str]] = {}
+        for name, value in needles(sample.text):
+            in_text.setdefault(name, []).append(value)
+        listed = re.search(r"magic numbers for ([a-z ]+) mentioned", sample.text)[1]
+        wanted = [value for name in listed.split(" and ") for value in in_text[name]]
+        assert list(sample.values) == wanted
+        assert re.findall(r"\d+", "".join(sample.answer)) == wanted
+
+
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("text", ["niah", "niah(haystack='needles', digits=3)", "multi_round"])
 def test_needle_stands_at_its_depth(text, depth):
@@ -123,6 +136,29 @@ def test_few_names_are_the_same_in_all_samples(kind):
     named = [set(re.findall(r"(\w+) is: ", few.sample(i, 200).text)) for i in range(6)]
     assert all(len(names) >= 4 and names <= known for names in named)
     assert set.union(*named) == known
+
+
+IMPOSSIBLE = {
+    "niah(digits=0)": "digits must be at least 1",
+    "niah(digits=1.5)": r"digits = 1\.5 is no int",
+    "niah(names=-3)": "names must be at least 1",
+    "niah(keys=True)": "keys = True is no int",
+    "niah(haystack=3)": "haystack = 3 is no str",
+    "variable_tracking(hops=-1)": "hops must be at least 0",
+    "variable_tracking(chains=5, digits=1)": "5 chains cannot have values of their own with 1 dig",
+    "common_words(common=0)": "common must be at least 1",
+    "common_words(seldom=30)": "needs seldom < often",
+    "common_words(common=1024)": "common < 1024",
+    "frequent_words(top=400)": "needs top < 256",
+    "frequent_words(alpha=0)": "alpha > 0",
+    "frequent_words(alpha='a')": "alpha = 'a' is no float",
+}
+
+
+@pytest.mark.parametrize("text", IMPOSSIBLE)
+def test_values_that_a_parameter_cannot_have(text):
+    with pytest.raises(ConfigError, match=IMPOSSIBLE[text]):
+        task(text).sample(0, 1000)
 
 
 def test_same_seed_same_sample_and_another_elsewhere():

@@ -27,11 +27,12 @@ from train.config import SourceConfig
 
 _SUFFIXES = {
     ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
     ".parquet": "parquet",
     ".arrayrecord": "arrayrecord",
     ".array_record": "arrayrecord",
 }
-_PACKED = (".gz", ".zst", ".bz2", ".xz")
+_PACKED = (".gz", ".tgz", ".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".7z", ".rar")
 # The longer marks first: UTF-32's starts as UTF-16's does.
 _MARKS = {
     codecs.BOM_UTF8: "utf-8",
@@ -40,6 +41,7 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
+_START = 4096  # Bytes of a .json file that tell whether it is an array.
 _STRETCH = 1 << 26  # Bytes of a JSONL file that are looked through at once.
 _GROUPS = 16  # Row groups of Parquet that stay in memory, for each source.
 
@@ -112,6 +114,28 @@ class JsonlFile(File):
         return _json_record(line, f"{self.path} at byte {start}", self.cfg.encoding)
 
 
+class JsonFile(File):
+    """An array of objects, all of it in memory.
+
+    Raises:
+      ConfigError: the file is no JSON.
+    """
+
+    def __init__(self, path: Path, cfg: SourceConfig, field: str) -> None:
+        super().__init__(path, cfg, field)
+        text, self._lost = decode(path.read_bytes(), cfg.encoding)
+        try:
+            self._rows = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path} is no JSON array: {error}") from None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Record:
+        return _object_record(self._rows[index], f"{self.path} row {index}", self._lost)
+
+
 class ArrayRecordFile(File):
     """A JSON object or plain text a record."""
 
@@ -138,7 +162,8 @@ class ArrayRecordFile(File):
 class ParquetFile(File):
     """A row a row; the row groups that were read last stay in memory."""
 
-    # By file and group, for all files: threads read through different groups of one file.
+    # By file and group, for all files: threads read through different groups of one file. What
+    # cannot be read is the text of what is wrong.
     _groups: ClassVar[OrderedDict[tuple[Path, int], Any]] = OrderedDict()
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
@@ -160,18 +185,29 @@ class ParquetFile(File):
     def __getitem__(self, index: int) -> Record:
         group = int(np.searchsorted(self._ends, index, side="right"))
         row = index - (int(self._ends[group - 1]) if group else 0)
-        return Record(_row(self._group(group), row), f"{self.path} row {index}")
+        place, table = f"{self.path} row {index}", self._group(group)
+        if isinstance(table, str):
+            return Record({}, place, problem=f"is in a damaged row group: {table}")
+        return _table_record(table, row, place)
 
     def _group(self, group: int) -> Any:
         key = self.path, group
         with self._lock:
             table = self._groups.pop(key, None)
             if table is None:
-                table = _parquet(self.path).read_row_group(group, columns=self._columns)
+                table = self._read(group)
             self._groups[key] = table
             while len(self._groups) > _GROUPS:
                 self._groups.popitem(last=False)
         return table
+
+    def _read(self, group: int) -> Any:
+        import pyarrow
+
+        try:
+            return _parquet(self.path).read_row_group(group, columns=self._columns)
+        except (pyarrow.ArrowException, OSError) as error:
+            return str(error)
 
 
 class DatasetsFolder(File):
@@ -179,8 +215,11 @@ class DatasetsFolder(File):
 
     def __init__(self, path: Path, cfg: SourceConfig, field: str) -> None:
         super().__init__(path, cfg, field)
-        state = json.loads((path / "state.json").read_text())
-        names = [entry["filename"] for entry in state["_data_files"]]
+        try:
+            state = json.loads((path / "state.json").read_text())
+            names = [entry["filename"] for entry in state["_data_files"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}/state.json is not of `save_to_disk`: {error!r}") from None
         self._batches = [batch for name in names for batch in _arrow_batches(path / name)]
         self._ends = np.cumsum([len(batch) for batch in self._batches])
         if self._batches:
@@ -202,11 +241,12 @@ class DatasetsFolder(File):
         batch = int(np.searchsorted(self._ends, number, side="right"))
         row = number - (int(self._ends[batch - 1]) if batch else 0)
         table = self._batches[batch].select(self._columns)
-        return Record(_row(table, row), f"{self.path} row {index}")
+        return _table_record(table, row, f"{self.path} row {index}")
 
 
 _FILES: Mapping[str, Callable[[Path, SourceConfig, str], File]] = {
     "jsonl": JsonlFile,
+    "json": JsonFile,
     "text": TextFile,
     "parquet": ParquetFile,
     "arrayrecord": ArrayRecordFile,
@@ -222,12 +262,14 @@ class Source:
       cfg: What to open.
 
     Raises:
-      ConfigError: no such file, one that is not of its format, or no rows at all.
+      ConfigError: no such file, one that is not of its format, no rows at all, or an encoding that
+        nobody knows.
     """
 
     def __init__(self, cfg: SourceConfig) -> None:
         self.cfg = cfg
         self.field = cfg.column
+        _check_encoding(cfg)
         paths = _stdlib() if cfg.format == "stdlib" else _expand(cfg)
         with ThreadPoolExecutor(min(8, len(paths))) as pool:
             files = list(pool.map(self._open, paths))
@@ -241,7 +283,10 @@ class Source:
             )
 
     def _open(self, path: Path) -> File:
-        return _FILES[self.cfg.format or _format_of(path)](path, self.cfg, self.field)
+        try:
+            return _FILES[self.cfg.format or _format_of(path)](path, self.cfg, self.field)
+        except OSError as error:
+            raise ConfigError(f"data source {self.cfg.name!r}: {error}") from None
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -281,8 +326,12 @@ def _json_record(line: bytes, place: str, encoding: str) -> Record:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
         return Record({}, place, lost, f"is no JSON: {error}")
+    return _object_record(row, place, lost)
+
+
+def _object_record(row: Any, place: str, lost: bool) -> Record:
     if not isinstance(row, dict):
-        return Record({}, place, lost, f"is no JSON object: {text[:40]!r}")
+        return Record({}, place, lost, f"is no JSON object: {row!r:.40}")
     return Record(row, place, lost)
 
 
@@ -305,8 +354,11 @@ def _line_starts(path: Path) -> np.ndarray:
     return np.append(edges[:-1][kept], at)
 
 
-def _row(table: Any, row: int) -> dict[str, Any]:
-    return {name: table.column(name)[row].as_py() for name in table.schema.names}
+def _table_record(table: Any, row: int, place: str) -> Record:
+    try:
+        return Record({n: table.column(n)[row].as_py() for n in table.schema.names}, place)
+    except UnicodeDecodeError as error:
+        return Record({}, place, problem=f"is no UTF-8: {error}")
 
 
 def _columns(path: Path, names: Sequence[str], cfg: SourceConfig) -> list[str]:
@@ -346,21 +398,38 @@ def _arrow_batches(path: Path) -> list[Any]:
 
 
 def _format_of(path: Path) -> str:
-    return "datasets" if path.is_dir() else _SUFFIXES.get(path.suffix, "text")
+    if path.is_dir():
+        return "datasets"
+    suffix = path.suffix.lower()
+    if suffix == ".json":  # Often of an object a line.
+        with path.open("rb") as file:
+            start, _ = decode(file.read(_START), "utf-8")
+        return "json" if start.lstrip().startswith("[") else "jsonl"
+    return _SUFFIXES.get(suffix, "text")
+
+
+def _check_encoding(cfg: SourceConfig) -> None:
+    try:
+        b"text".decode(cfg.encoding, "replace")
+    except (LookupError, ValueError) as error:
+        raise ConfigError(f"data source {cfg.name!r}: encoding {cfg.encoding!r}: {error}") from None
 
 
 def _expand(cfg: SourceConfig) -> list[Path]:
-    """Files and folders of `save_to_disk` that the patterns match, in sorted order."""
-    found: list[Path] = []
+    """Files and folders of `save_to_disk` that the patterns match, each once, in sorted order."""
+    if not cfg.paths:
+        raise ConfigError(f"data source {cfg.name!r} names no paths")
+    found: dict[str, Path] = {}
     for pattern in cfg.paths:
         matches = sorted(Path(p) for p in glob.glob(pattern, recursive=True))
         if not any(_readable(path) for path in matches):
             raise ConfigError(f"data source {cfg.name!r}: {pattern!r} matches no file")
-        found += [path for path in matches if _readable(path)]
-    packed = [str(path) for path in found if path.suffix in _PACKED]
+        for path in filter(_readable, matches):
+            found.setdefault(os.path.realpath(path), path)
+    packed = [str(path) for path in found.values() if path.suffix.lower() in _PACKED]
     if packed:
         raise ConfigError(f"data source {cfg.name!r}: unpack {', '.join(packed[:3])} first")
-    return found
+    return list(found.values())
 
 
 def _readable(path: Path) -> bool:

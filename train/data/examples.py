@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmjax.chat import THINK_END, THINK_START, Turn, chat_turns
+from mmjax.chat import THINK_END, THINK_START, Turn, chat_turns, has_image, message_text
 from mmjax.tokenizer import Tokenizer
 from train.data.documents import Record
 
 _NONE = np.zeros(0, np.int32)
+# What messages of any other form than a chat's may raise.
+NO_CHAT = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 class Example(NamedTuple):
@@ -109,9 +112,9 @@ class ChatEncoder:
             return wrong
         try:
             messages = record.row.get(self._field)
-            turns = self.turns(messages, self._field, record.row.get("tools") or ())
+            turns = self.turns(messages, self._field, offered_tools(record.row))
             example = self.example(turns)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except NO_CHAT as error:
             return Skipped("malformed", f"{record.place}: {error}")
         wrong = self.refused(example, record.place)
         return wrong or example._replace(undecodable=record.undecodable)
@@ -120,10 +123,13 @@ class ChatEncoder:
         """Turns of a chat.
 
         Raises:
-          ValueError: `messages`, the row's `name`, is no chat.
+          ValueError: `messages`, the row's `name`, is no chat, or one with pictures, which nothing
+            here would show to the model.
         """
         if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
             raise ValueError(f"{name!r} is {messages!r:.80}, expected a list of messages")
+        if any(map(has_image, messages)):
+            raise ValueError(f"{name!r} holds an image; data.source 'text' reads none")
         return list(chat_turns([self._shown(message) for message in messages], tools=tools))
 
     def example(self, turns: Sequence[Turn], context: int = 0) -> Example:
@@ -157,10 +163,10 @@ class ChatEncoder:
 
     def _shown(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         """An assistant's message with its thinking in the text, or without any."""
-        content = message.get("content")
-        if message.get("role") != "assistant" or not isinstance(content, str | None):
+        if message.get("role") != "assistant":
             return message
-        text, thought = content or "", message.get("reasoning_content")
+        text = message_text(message) if message.get("content") is not None else ""
+        thought = message.get("reasoning_content")
         if self._thinking == "drop":
             _, closed, after = text.partition(THINK_END)
             text = after.lstrip() if closed else text
@@ -188,8 +194,8 @@ class PairEncoder:
         wrong = _unusable(record)
         if wrong is not None:
             return wrong
-        tools = record.row.get("tools") or ()
         try:
+            tools = offered_tools(record.row)
             turns = [
                 self._chats.turns(whole_chat(record.row, name), name, tools)
                 for name in ("chosen", "rejected")
@@ -199,11 +205,24 @@ class PairEncoder:
             alike = (a == b for a, b in zip(*turns, strict=False))
             context = sum(1 for _ in itertools.takewhile(bool, alike))
             chosen, rejected = (self._chats.example(each, context) for each in turns)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except NO_CHAT as error:
             return Skipped("malformed", f"{record.place}: {error}")
         wrong = self._chats.refused(chosen, f"{record.place}: chosen")
         wrong = wrong or self._chats.refused(rejected, f"{record.place}: rejected")
         return wrong or chosen._replace(rejected=rejected, undecodable=record.undecodable)
+
+
+def offered_tools(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The functions of a row's "tools": a list, or its JSON text; OpenAI's wrapper is taken off.
+
+    Raises:
+      ValueError: it is no list of objects.
+    """
+    given = row.get("tools") or []
+    tools = (json.loads(given) or []) if isinstance(given, str) else given
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise ValueError(f"'tools' is {given!r:.80}, expected a list of objects")
+    return [tool["function"] if tool.get("type") == "function" else tool for tool in tools]
 
 
 def whole_chat(row: Mapping[str, Any], name: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import zlib
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+from mmjax.config import ConfigError
 from train.data.examples import Example
 from train.data.mixture import Mixture
 
@@ -35,13 +37,16 @@ class Pictures(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Tokens start to stop of a source's document, and the tiles that come with them."""
+    """Tokens start to stop of a source's document, the tiles that come with them, and a check sum
+    of the document, which may be read again later.
+    """
 
     source: str
     number: int
     start: int
     stop: int
-    tiles: int = 0
+    tiles: int
+    check: int
 
     @property
     def size(self) -> int:
@@ -115,13 +120,32 @@ class PackingIterator(grain.DatasetIterator):
                 self._add(piece)
 
     def __next__(self) -> Row:
+        if not self._rows:
+            self._drop()
         while self._short():
             name, number, example = self._mixture.draw(self._rows / self._total)
             self._examples[name, number] = example
             self._mixture.counts[f"{name}/cut"] += int(example.size > self._length)
-            self._add(Piece(name, number, 0, example.size, len(example.tiles)))
+            self._add(Piece(name, number, 0, example.size, len(example.tiles), _check(example)))
         self._rows += 1
         return self._filled(self._take())
+
+    def _drop(self) -> None:
+        """Drops documents that wait of the stage before and are others in this one's rows, such as
+        a chat that is longer than they are.
+        """
+        numbers: dict[tuple[str, int], list[int]] = {}
+        for number, piece in self._waiting.items():
+            numbers.setdefault((piece.source, piece.number), []).append(number)
+        for key, of_it in numbers.items():
+            found = self._mixture.read(*key)
+            if isinstance(found, Example) and _check(found) == self._waiting[of_it[0]].check:
+                self._examples[key] = found
+                continue
+            for number in of_it:
+                self._remove(number)
+            del self._left[key]
+            self._mixture.counts[f"{key[0]}/dropped"] += 1
 
     def _short(self) -> bool:
         few = len(self._waiting) < _PIECES and self._tokens < _MOST_ROWS * self._length
@@ -189,15 +213,34 @@ class PackingIterator(grain.DatasetIterator):
         )
 
     def _example(self, piece: Piece) -> Example:
-        """Its tokens; after a resume they are read again."""
+        """Its tokens; after a resume they are read again.
+
+        Raises:
+          ConfigError: they are others now.
+        """
         key = piece.source, piece.number
         example = self._examples.get(key)
         if example is None:
-            example = self._examples[key] = self._mixture.read(*key)
+            found = self._mixture.read(*key)
+            if not isinstance(found, Example) or _check(found) != piece.check:
+                told = "is another one" if isinstance(found, Example) else found.message
+                raise ConfigError(
+                    f"data source {piece.source!r} has changed since the checkpoint: document "
+                    f"{piece.number} {told}; bring it back, or start in a new workdir"
+                )
+            example = self._examples[key] = found
         self._left[key] -= 1
         if not self._left[key]:
             del self._left[key], self._examples[key]
         return example
+
+
+def _check(example: Example) -> int:
+    """A check sum of its tokens."""
+    found = zlib.crc32(np.ascontiguousarray(example.ids))
+    return (
+        zlib.crc32(np.ascontiguousarray(example.rejected.ids), found) if example.rejected else found
+    )
 
 
 def _empty(length: int) -> Row:

@@ -13,7 +13,15 @@ from mmjax.config import ConfigError
 from mmjax.tokenizer import Tokenizer
 from train.config import DataConfig, JobConfig, SourceConfig
 from train.data.documents import Record, Source
-from train.data.examples import ChatEncoder, Example, PairEncoder, Skipped, TextEncoder, whole_chat
+from train.data.examples import (
+    NO_CHAT,
+    ChatEncoder,
+    Example,
+    PairEncoder,
+    Skipped,
+    TextEncoder,
+    whole_chat,
+)
 from train.data.mixture import Mixture, Pool, Rows, ordered
 from train.data.packing import PackedRows, Pictures
 from train.data.streams import Streams
@@ -53,11 +61,11 @@ def make_stream(
     if data.source == "reasoning":
         from train.data.reasoning import worked_examples  # reasoning-gym takes seconds to import
 
-        return example_stream(worked_examples(cfg, tokenizer), cfg, rows=rows)
+        return example_stream(worked_examples(cfg, tokenizer), cfg, after=after, rows=rows)
     if data.source == "recall":
         from train.evaluation.recall import recall_examples
 
-        return example_stream(recall_examples(cfg, tokenizer), cfg, rows=rows)
+        return example_stream(recall_examples(cfg, tokenizer), cfg, after=after, rows=rows)
     start = _start_weights(data, from_weights)
     opened = {source.name: open_source(source) for source in data.sources}
     encoders = {s.name: encoder(s, tokenizer, data) for s in data.sources}
@@ -74,16 +82,15 @@ def make_stream(
         ]
         return Mixture(pools, data.bad_share)
 
-    made = _streams(cfg, mixture, steps, rows)
-    if after is not None:
-        made.go_on(after)
-    return made
+    sources = {name: len(source) for name, source in opened.items()}
+    return _streams(cfg, mixture, sources, steps, after, rows)
 
 
 def example_stream(
     examples: Sequence[Example],
     cfg: JobConfig,
     *,
+    after: Mapping[str, Any] | None = None,
     rows: np.ndarray | None = None,
     pictures: Pictures | None = None,
 ) -> Streams:
@@ -92,6 +99,7 @@ def example_stream(
     Args:
       examples: None longer than a row.
       cfg: Of the job.
+      after: State of the stage before, which read as many examples.
       rows: Rows of a batch that this process needs; None for all.
       pictures: If examples have tiles.
 
@@ -105,7 +113,9 @@ def example_stream(
         documents = ordered(held, lambda example: example, cfg.seed, stream, cfg.data.streams)
         return Mixture([Pool(cfg.data.source, documents, 1.0, 1.0)], 0.0)
 
-    return _streams(cfg, mixture, cfg.steps, rows, pictures)
+    return _streams(
+        cfg, mixture, {cfg.data.source: len(examples)}, cfg.steps, after, rows, pictures
+    )
 
 
 class Held:
@@ -163,14 +173,16 @@ def sample_texts(data: DataConfig, seed: int = 0) -> Iterator[str]:
 
 def _text_of(source: SourceConfig) -> Callable[[Record], Any]:
     def text(record: Record) -> str:
-        value = record.row.get(source.column)
-        if source.kind == "text":
-            return value if isinstance(value, str) else ""
+        found: Any = record.row.get(source.column)
         try:
-            value = whole_chat(record.row, "chosen") if source.kind == "preference" else value
-            return render_chat(value or (), reply=False)
-        except (ValueError, TypeError, KeyError, AttributeError):
+            if source.kind == "preference":
+                found = whole_chat(record.row, "chosen")
+            if source.kind != "text":
+                found = render_chat(found or (), reply=False)
+            found.encode()  # Half a surrogate pair is no text.
+        except NO_CHAT:
             return ""  # Told and counted when it is read for training.
+        return str(found)
 
     return text
 
@@ -204,7 +216,9 @@ def _start_weights(data: DataConfig, given: Mapping[str, float] | None) -> Mappi
 def _streams(
     cfg: JobConfig,
     mixture: Callable[[int], Mixture],
+    sources: Mapping[str, int],
     steps: int,
+    after: Mapping[str, Any] | None,
     rows: np.ndarray | None,
     pictures: Pictures | None = None,
 ) -> Streams:
@@ -215,7 +229,11 @@ def _streams(
     def make(stream: int) -> PackedRows:
         return PackedRows(mixture(stream), data.sequence_length, total, pictures, pairs)
 
-    every = np.arange(data.batch_size)
-    return Streams(
-        make, data.streams, data.batch_size, every if rows is None else rows, data.prefetch
+    needed = np.arange(data.batch_size) if rows is None else rows
+    keys = {"seed": cfg.seed} | ({"data.tasks": list(data.tasks)} if data.source != "text" else {})
+    made = Streams(
+        make, data.streams, data.batch_size, needed, data.prefetch, keys=keys, sources=sources
     )
+    if after is not None:
+        made.go_on(after)
+    return made

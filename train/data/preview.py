@@ -2,7 +2,8 @@
 
 Prints packed rows as text, a line between documents, what is predicted in green and what is only
 read dimmed, and then of some batches how full they are and what was skipped. The flags are those of
-`python -m train`, so that it shows what a job with the same flags would read.
+`python -m train`, so that it shows what a job with the same flags would read; of a job of stages
+what the first one would, or the one that --stage names.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -24,13 +24,15 @@ import train.__main__ as cli
 from mmjax.config import ConfigError
 from mmjax.tokenizer import Tokenizer, TokenizerError
 from train.config import JobConfig
-from train.data.pipeline import make_stream, sample_texts
+from train.data.pipeline import make_stream
 from train.data.streams import KINDS, Batch, Streams, counts
-from train.tokenizing import job_tokenizer
+from train.sft import data_tokenizer
+from train.stages import Stage, resolve
 
 _ROWS = flags.DEFINE_integer("rows", 2, "Rows to print.", lower_bound=0)
 _BATCHES = flags.DEFINE_integer("batches", 20, "Batches to count.", lower_bound=1)
 _TOKENS = flags.DEFINE_integer("tokens", 300, "Most tokens of a document to print.", lower_bound=2)
+_STAGE = flags.DEFINE_string("stage", "", "Name of the stage to show; empty for the first.")
 _PREDICTED, _READ = "green", "dim"
 
 
@@ -42,29 +44,36 @@ def preview(
     rows: int = 2,
     batches: int = 20,
     tokens: int = 300,
+    stage: str = "",
 ) -> None:
     """Prints the first rows of a job's data, and what the first batches are made of.
 
     Args:
-      cfg: With data.source "text" or "reasoning".
+      cfg: With any data.source but "pictures".
       workdir: Where a tokenizer may be; nothing is written there.
       console: To print on.
       rows: To print.
       batches: To count.
       tokens: Most of a document to print.
+      stage: Name of the stage to show, as if the job began with it; empty for the first.
 
     Raises:
-      ConfigError: data that cannot be read.
+      ConfigError: data that cannot be read, or no such stage.
     """
     if cfg.data.source == "pictures":
         raise ConfigError("data.source 'pictures' has no preview: look at the folder's pictures")
-    tokenizer = job_tokenizer(cfg, workdir, _texts(cfg))
+    shown = _stage(cfg, stage)
+    tokenizer = data_tokenizer(cfg, workdir)
+    cfg = dataclasses.replace(cfg, data=shown.data)
+    if cfg.stages:
+        console.print(f"stage {shown.number} of {len(cfg.stages)}, {shown.name}")
     if tokenizer.vocab_size > cfg.model.vocab_size:
         console.print(
             f"the tokenizer has {tokenizer.vocab_size} ids, model.vocab_size is "
             f"{cfg.model.vocab_size}: a fresh model is given as many, a loaded one is refused"
         )
-    with closing(make_stream(cfg, tokenizer, steps=cfg.steps)) as stream:
+    start = shown.from_weights
+    with closing(make_stream(cfg, tokenizer, steps=shown.steps, from_weights=start)) as stream:
         seen = [next(stream) for _ in range(batches)]
         for number in range(min(rows, batches * cfg.data.batch_size)):
             batch, row = divmod(number, cfg.data.batch_size)
@@ -137,12 +146,13 @@ def _summary(batches: list[Batch], stream: Streams) -> Table:
     return table
 
 
-def _texts(cfg: JobConfig) -> Iterator[str]:
-    if cfg.data.source == "text":
-        return sample_texts(cfg.data)
-    from train.data.reasoning import worked_texts  # reasoning-gym takes seconds to import
-
-    return worked_texts(cfg)
+def _stage(cfg: JobConfig, name: str) -> Stage:
+    """The stage of that name, or the first."""
+    found = [stage for stage in resolve(cfg) if name in ("", stage.name)]
+    if not found:
+        known = ", ".join(stage.name for stage in cfg.stages) or "none"
+        raise ConfigError(f"the job has no stage {name!r}; its stages: {known}")
+    return found[0]
 
 
 def main(argv: list[str]) -> None:
@@ -153,8 +163,9 @@ def main(argv: list[str]) -> None:
     try:
         cfg = cli.job_config()
         # One process shows what all of them would read.
+        cfg = dataclasses.replace(cfg, mesh={})
         limits = {"rows": _ROWS.value, "batches": _BATCHES.value, "tokens": _TOKENS.value}
-        preview(dataclasses.replace(cfg, mesh={}), workdir, Console(highlight=False), **limits)
+        preview(cfg, workdir, Console(highlight=False), **limits, stage=_STAGE.value)
     except (ConfigError, TokenizerError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

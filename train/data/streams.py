@@ -16,6 +16,8 @@ import grain
 import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 
+from mmjax.config import ConfigError
+
 type Batch = dict[str, np.ndarray]
 
 
@@ -46,6 +48,8 @@ class Streams(grain.DatasetIterator):
       batch: B.
       rows: Rows of a batch that this process needs; the others come as zeros.
       prefetch: Batches that a stream has ready in advance.
+      keys: Values of the config, by key, that have to be the same for a state to fit.
+      sources: Rows of each source, which have to be as well.
     """
 
     def __init__(
@@ -55,10 +59,16 @@ class Streams(grain.DatasetIterator):
         batch: int,
         rows: np.ndarray,
         prefetch: int = 2,
+        keys: Mapping[str, Any] | None = None,
+        sources: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         self._streams: dict[int, grain.DatasetIterator] = {}
         self._count, self._size = count, batch // count
+        self._of = {
+            "keys": {"data.streams": count} | dict(keys or {}),
+            "sources": dict(sources or {}),
+        }
         needed = sorted({int(row) // self._size for row in rows})
 
         def ahead(s: int) -> grain.DatasetIterator:
@@ -85,16 +95,53 @@ class Streams(grain.DatasetIterator):
 
     def get_state(self) -> dict[str, Any]:
         """Of the streams that this process reads, by number."""
-        return {str(s): stream.get_state() for s, stream in self._streams.items()}
+        return {
+            str(s): {**stream.get_state(), "of": self._of} for s, stream in self._streams.items()
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Back to a place; raises KeyError for a stream that the state does not know."""
+        """Back to a place.
+
+        Raises:
+          ConfigError: the state is of other streams or sources, whose documents would come twice
+            or not at all.
+        """
+        self._check(state, exactly=True)
         for s, stream in self._streams.items():
             stream.set_state(state[str(s)])
 
     def go_on(self, after: Mapping[str, Any]) -> None:
-        """Starts a stage where the one before it stopped, whose state `after` is."""
-        self.set_state({s: state | {"rows": 0} for s, state in after.items()})
+        """Starts a stage where the one before it stopped, whose state `after` is.
+
+        Raises:
+          ConfigError: the state is of other streams, or a source of both has changed.
+        """
+        self._check(after, exactly=False)
+        for s, stream in self._streams.items():
+            stream.set_state(after[str(s)] | {"rows": 0})
+
+    def _check(self, state: Mapping[str, Any], *, exactly: bool) -> None:
+        """Compares with what a state is of; sources that only one of them has, if so wanted."""
+        saved = state.get("0", {}).get("of")
+        if saved is None:
+            raise ConfigError("the state does not say of which data it is; start in a new workdir")
+        there, here = saved["sources"], self._of["sources"]
+        names = there.keys() | here.keys() if exactly else there.keys() & here.keys()
+        changes = [
+            f"{key} was {saved['keys'].get(key)} and is {value}"
+            for key, value in self._of["keys"].items()
+            if saved["keys"].get(key) != value
+        ]
+        changes += [
+            f"data source {name!r} had {there.get(name, 0)} rows and has {here.get(name, 0)}"
+            for name in sorted(names)
+            if there.get(name) != here.get(name)
+        ]
+        if changes:
+            raise ConfigError(
+                f"the data is not the checkpoint's: {'; '.join(changes)}; set it back, or start in "
+                "a new workdir"
+            )
 
     def close(self) -> None:
         """Ends the threads."""
@@ -113,7 +160,7 @@ class Streams(grain.DatasetIterator):
 
 
 # What `counts` may tell of a source, beside its documents and tokens.
-KINDS = ("malformed", "empty", "too_long", "undecodable", "cut")
+KINDS = ("malformed", "empty", "too_long", "undecodable", "cut", "dropped")
 
 
 def counts(state: Mapping[str, Any]) -> Counter[str]:

@@ -46,11 +46,15 @@ class Suite:
       chat: Whether prompts are in M1's chat form.
 
     Raises:
-      ConfigError: an unknown task, one that does not fit its length, or no text to read.
+      ConfigError: an unknown task, one that is named twice or does not fit its length, or no text
+        to read.
     """
 
     def __init__(self, cfg: EvaluationConfig, tokenizer: Tokenizer, *, chat: bool) -> None:
         self.cfg, self._tokenizer = cfg, tokenizer
+        twice = sorted({task for task in cfg.tasks if cfg.tasks.count(task) > 1})
+        if twice:
+            raise ConfigError(f"evaluation.tasks names {', '.join(twice)} more than once")
         encoder = Encoder(tokenizer)
         tasks = [Task(text, encoder, "held-out", _SEED, chat=chat) for text in cfg.tasks]
         self.cells = [cell for task in tasks for cell in self._cells(task, encoder)]
@@ -85,11 +89,11 @@ class Suite:
                 continue
             ids = list(example.ids)
             rows += [ids[i : i + length] for i in range(0, len(ids) - 1, length)]
-        # Long ones first, as only they say anything of late positions; spread over the documents.
-        whole = [row for row in rows if len(row) == length]
-        rows = whole or sorted(rows, key=len, reverse=True)
-        every = max(len(whole) // self.cfg.rows, 1)
-        rows = rows[::every][: self.cfg.rows]
+        # Whole ones first, as only they say anything of late positions, spread over the documents.
+        whole = sum(len(row) == length for row in rows)
+        rows.sort(key=len, reverse=True)
+        count = min(self.cfg.rows, len(rows))
+        rows = [rows[i * max(whole, count) // count] for i in range(count)]
         if not rows:
             raise ConfigError(f"evaluation.paths: no text in {', '.join(self.cfg.paths)}")
         tokens = np.zeros((len(rows), length), np.int32)

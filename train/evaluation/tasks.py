@@ -35,7 +35,7 @@ class TooShortError(ConfigError):
 
 class Sample(NamedTuple):
     """prompt, answer: pieces of text; values: what a right answer has to name; depth: where the
-    (first) needle stands, 0 for the start of the haystack and 1 for its end.
+    needle, or one of several, stands: 0 for the start of the haystack and 1 for its end.
     """
 
     prompt: list[str]
@@ -110,10 +110,11 @@ def niah(
     """Needles, `One of the special magic numbers for KEY is: VALUE.`, in a haystack.
 
     Args:
-      draw: Randomness, length, depth of the first needle that is asked for.
+      draw: Randomness, length, depth of a needle of the first key that is asked for.
       keys: Needles' keys in all, those that are not asked for being distractors.
       values: Values of each key that is asked for, in needles of their own.
-      queries: Keys asked for; the answer names them in turn.
+      queries: Keys asked for; the answer names them in turn, and the values of each in the order
+        of their needles.
       haystack: "noise" for sentences, "needles" for further needles alone.
       digits: Of a value.
       names: Different keys in all samples; the fewer, the sooner a small model knows them.
@@ -142,9 +143,12 @@ def niah(
         hay = _more_needles(draw, left, number, set(drawn), names)
     for needle in loose:
         hay.insert(rng.randint(0, len(hay)), needle)
-    depths = [draw.where(), *(rng.random() for _ in needles[1:])]
-    hay = _insert(draw, hay, needles, depths)
-    return frame.sample(_joined(hay), _flat(asked), depths[0])
+    wanted = draw.where()
+    depths = [wanted, *(rng.random() for _ in needles[1:])]
+    # The answer names a key's values as they come in the text.
+    ordered = [d for of_key in itertools.batched(depths, values) for d in sorted(of_key)]
+    hay = _insert(draw, hay, needles, ordered)
+    return frame.sample(_joined(hay), _flat(asked), wanted)
 
 
 def _needle(name: str, value: str) -> list[str]:
@@ -194,15 +198,20 @@ def _separated(parts: Sequence[Any], by: str) -> list[str]:
 
 
 def _numbers(rng: random.Random, digits: int) -> Iterator[str]:
-    """Distinct numbers while they last, then any."""
+    """Numbers of which the first `_distinct` are; then any."""
     low, high = 10 ** (digits - 1), 10**digits
     seen: set[int] = set()
     while True:
         number = rng.randrange(low, high)
-        if number in seen and len(seen) < (high - low) // 2:
+        if number in seen and len(seen) < _distinct(digits):
             continue
         seen.add(number)
         yield str(number)
+
+
+def _distinct(digits: int) -> int:
+    """Half of the numbers of so many digits: as many are quickly drawn without one twice."""
+    return (10**digits - 10 ** (digits - 1)) // 2
 
 
 def _more_needles(
@@ -270,6 +279,8 @@ def variable_tracking(draw: Draw, *, chains: int = 1, hops: int = 4, digits: int
 
     Source: RULER, section 3.2.
     """
+    if chains > _distinct(digits):
+        raise ConfigError(f"{chains} chains cannot have values of their own with {digits} digits")
     number = _numbers(draw.rng, digits)
     names = iter(draw.names(chains * (hops + 1)))
     chain_names = [[next(names) for _ in range(hops + 1)] for _ in range(chains)]
@@ -309,6 +320,11 @@ def common_words(draw: Draw, *, common: int = 10, often: int = 30, seldom: int =
     Source: RULER, section 3.3 (common words extraction).
     """
     names = draw.names(len(lexicon.NAMES))
+    if seldom >= often or common >= len(names):
+        raise ConfigError(
+            f"common_words(common={common}, often={often}, seldom={seldom}) needs seldom < often "
+            f"and common < {len(names)}, all the words there are"
+        )
     wanted, rest = names[:common], names[common:]
     each = draw.count(" 100.") + draw.count(f" {wanted[0]}")
     head = (
@@ -341,6 +357,11 @@ def frequent_words(draw: Draw, *, top: int = 3, alpha: float = 2.0) -> Sample:
     Source: RULER, section 3.3 (frequent words extraction).
     """
     names = draw.names(256)
+    if top >= len(names) or alpha <= 0:
+        raise ConfigError(
+            f"frequent_words(top={top}, alpha={alpha:g}) needs top < {len(names)}, all the words "
+            "there are, and alpha > 0"
+        )
     head = "Memorize the following coded text and track the frequency of each word.\n"
     ask = [f"\nWhat are the {top} most frequently appeared words in the coded text above?"]
     lead = [" The most frequently appeared words are:"]
@@ -529,7 +550,7 @@ class Task:
       chat: In M1's chat form; otherwise plain text.
 
     Raises:
-      ConfigError: an unknown task or parameter.
+      ConfigError: an unknown task or parameter, or a value that it cannot have.
     """
 
     def __init__(self, text: str, encoder: Encoder, split: str, seed: int, *, chat: bool) -> None:
@@ -543,6 +564,7 @@ class Task:
             raise ConfigError(
                 f"recall task {text!r}: unknown {', '.join(wrong)}; known: {', '.join(known)}"
             )
+        _check_values(text, inspect.signature(generator).parameters, params)
         self.text, self._generator, self._params = text, generator, params
         self._encoder, self._key, self._chat = encoder, f"{split}/{seed}", chat
         self._pool = _pool(self._key)
@@ -571,6 +593,20 @@ class Task:
             if size == before:  # There is no haystack left to take away.
                 raise TooShortError(f"task {self.text!r} does not fit {length} tokens")
             wanted, before = wanted - (size - length), size
+
+
+def _check_values(
+    text: str, known: Mapping[str, inspect.Parameter], params: Mapping[str, Any]
+) -> None:
+    """Raises ConfigError for values of other types than the defaults', and for too small ones."""
+    for name, value in params.items():
+        kind = type(known[name].default)
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        if not fits or isinstance(value, bool):
+            raise ConfigError(f"recall task {text!r}: {name} = {value!r} is no {kind.__name__}")
+        least = 0 if name == "hops" else 1
+        if kind is int and value < least:
+            raise ConfigError(f"recall task {text!r}: {name} must be at least {least}")
 
 
 @functools.lru_cache(maxsize=8)

@@ -129,6 +129,33 @@ def test_standard_library_is_a_corpus():
     assert any(record.place.endswith("argparse.py") for record in map(rows.__getitem__, range(60)))
 
 
+LINES = '{"text": "one"}\n{"text": "two"}\n'
+ARRAY = ' [{"text": "one"},\n {"text": "two"}]'
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("A.JSONL", LINES), ("a.ndjson", LINES), ("a.json", LINES), ("a.json", ARRAY)],
+)
+def test_other_suffixes_of_json(tmp_path, name, data):
+    (tmp_path / name).write_text(data)
+    rows = source(tmp_path / name)
+    assert [rows[n].row["text"] for n in range(len(rows))] == ["one", "two"]
+
+
+def test_items_of_an_array_that_are_no_objects(tmp_path):
+    (tmp_path / "a.json").write_text('[{"text": "one"}, "two"]')
+    assert source(tmp_path / "a.json")[1].problem == "is no JSON object: 'two'"
+    (tmp_path / "b.json").write_text("[1, ")
+    refused(r"b\.json is no JSON array", tmp_path / "b.json")
+
+
+def test_file_that_several_patterns_match_is_read_once(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path, [{"text": text} for text in TEXTS])
+    monkeypatch.chdir(tmp_path)
+    assert len(source(path, tmp_path / "*", "a.jsonl", "./*.jsonl")) == len(TEXTS)
+
+
 @pytest.mark.parametrize("data", ['{"text": "a"}', '{"text": "a"}\n', '\n\n{"text": "a"}\n\n\n'])
 def test_breaks_around_lines_are_no_rows(tmp_path, data):
     (tmp_path / "a.jsonl").write_text(data)
@@ -184,12 +211,39 @@ def test_files_that_cannot_be_read_are_told(tmp_path):
     refused(r"a\.parquet is no Parquet file", tmp_path / "a.parquet")
     refused(r"a\.arrayrecord is no ArrayRecord file", tmp_path / "a.arrayrecord")
     refused(r"unpack .*a\.jsonl\.gz first", tmp_path / "a.jsonl.gz")
+    for name in ("b.zip", "c.TGZ", "d.tar"):
+        (tmp_path / name).write_text("no")
+        refused(f"unpack .*{name} first", tmp_path / name)
+    refused("encoding 'utf8x': unknown", tmp_path / "a.txt", encoding="utf8x")
+    refused("'base64' is not a text encoding", tmp_path / "a.txt", encoding="base64")
+    refused("'s' names no paths")
     refused(r"b\.jsonl is UTF-16", tmp_path / "b.jsonl")
     refused(r"several splits; name one of them, as .*train", tmp_path / "splits")
     path = write_datasets(tmp_path, [{"body": text} for text in TEXTS])
     refused(r"no column 'text'; it has body", path)
     (path / "data-00000-of-00002.arrow").write_text("no")
     refused(r"no Arrow file", path)
+    (path / "state.json").write_text("{}")
+    refused(r"state\.json is not of `save_to_disk`: KeyError", path)
+
+
+def test_rows_of_parquet_that_cannot_be_read_are_malformed(tmp_path, tokenizer):
+    """Bytes that are no UTF-8, and a row group whose pages are damaged."""
+    buffers = pyarrow.array([b"fine", b"\xff no"]).buffers()
+    wrong = pyarrow.Array.from_buffers(pyarrow.string(), 2, buffers)
+    pyarrow.parquet.write_table(pyarrow.table({"text": wrong}), tmp_path / "a.parquet")
+    (tmp_path / "b").mkdir()
+    path = write_parquet(tmp_path / "b", [{"text": text * 9} for text in TEXTS])
+    meta = pyarrow.parquet.ParquetFile(path).metadata.row_group(0).column(0)
+    data = bytearray(path.read_bytes())
+    start = meta.dictionary_page_offset
+    data[start : start + 40] = b"\xff" * 40
+    path.write_bytes(data)
+    rows, encode = source(tmp_path / "a.parquet", path), TextEncoder(tokenizer, "text")
+    found = [encode(rows[n]) for n in range(7)]
+    assert [getattr(one, "kind", "") for one in found] == ["", *["malformed"] * 5, ""]
+    assert "a.parquet row 1 is no UTF-8" in found[1].message
+    assert "row 0 is in a damaged row group" in found[2].message
 
 
 # Rows.
@@ -295,6 +349,35 @@ def test_thinking_is_kept_or_dropped_wherever_it_stands(tokenizer):
         assert spans(encoded(messages, tokenizer, "drop"), tokenizer) == [f"2{EOS}"]
 
 
+def test_thinking_in_a_list_of_items_is_kept_or_dropped(tokenizer):
+    whole = {"role": "assistant", "content": [{"type": "text", "text": CHAT[2]["content"]}]}
+    answer = [{"type": "text", "text": "2"}]
+    apart = {"role": "assistant", "content": answer, "reasoning_content": "1 and 1"}
+    for message in (whole, apart):
+        kept, dropped = (
+            spans(encoded([CHAT[1], message], tokenizer, how), tokenizer)
+            for how in ("keep", "drop")
+        )
+        assert kept == [f"<think>\n1 and 1\n</think>\n\n2{EOS}"]
+        assert dropped == [f"2{EOS}"]
+
+
+def test_tools_may_be_json_and_in_openais_form(tokenizer):
+    tools = [{"name": "add", "description": "adds", "parameters": {}}]
+    wrapped = [{"type": "function", "function": tools[0]}]
+    plain = encoded(CHAT, tokenizer, tools=tools).ids.tolist()
+    for given in (json.dumps(tools), wrapped, json.dumps(wrapped)):
+        assert encoded(CHAT, tokenizer, tools=given).ids.tolist() == plain
+    bare = encoded(CHAT, tokenizer).ids.tolist()
+    for nothing in (None, "", "[]", "null"):
+        assert encoded(CHAT, tokenizer, tools=nothing).ids.tolist() == bare
+
+
+@pytest.mark.parametrize("tools", ["add", '["add"]', '{"name": "add"}', ["add"], {"name": "add"}])
+def test_tools_that_are_no_list_of_objects(tokenizer, tools):
+    assert encoded(CHAT, tokenizer, tools=tools).kind == "malformed"
+
+
 def test_tools_and_calls_are_in_the_template(tokenizer):
     call = {"id": "1", "function": {"name": "add", "arguments": '{"a": 1}'}}
     messages = [
@@ -319,6 +402,8 @@ def test_tools_and_calls_are_in_the_template(tokenizer):
         ([{"role": "user", "content": 3}], "malformed"),
         (["x"], "malformed"),
         (None, "malformed"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}, CHAT[2]], "malformed"),
+        ([CHAT[1], {"role": "assistant", "content": 3}], "malformed"),
         (CHAT[:2], "empty"),
         ([], "empty"),
         ([*CHAT, {"role": "assistant", "content": "a" * 2000}], "too_long"),
@@ -360,3 +445,17 @@ def test_tokenizers_read_all_sources_in_turn(tmp_path):
     found = list(sample_texts(DataConfig(mixture=mixture)))
     assert set(found) == {*TEXTS, render_chat(CHAT, reply=False), ""}
     assert found[1] == render_chat(CHAT, reply=False)
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_half_a_character_trains_no_tokenizer(tmp_path, kind):
+    rows = ["\ud800", "fine"]
+    if kind == "chat":
+        rows = [[{"role": "assistant", "content": row}] for row in rows]
+    path = write_jsonl(tmp_path, [{"text": row} for row in rows])
+    found = sample_texts(
+        DataConfig(mixture=(SourceConfig("s", (str(path),), kind=kind, field="text"),))
+    )
+    first, second = sorted(found)
+    assert first == ""
+    assert "fine" in second

@@ -1,8 +1,10 @@
 """Packed rows: their shape, that no token is lost or doubled, how full they are, exact resume."""
 
+import dataclasses
 import itertools
 import json
 from collections import Counter
+from contextlib import closing
 from unittest.mock import patch
 
 import numpy as np
@@ -11,12 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmjax.config import ConfigError
-from train.config import DataConfig, JobConfig
+from mmjax.tokenizer import BOS, EOS
+from tests.train.data.test_documents import write_jsonl
+from train.config import DataConfig, JobConfig, SourceConfig
 from train.data.examples import Example, Skipped
 from train.data.mixture import BlockShuffle, Mixture, Pool, _cut, ordered
 from train.data.packing import PackedRows
-from train.data.pipeline import Held, example_stream
-from train.data.streams import Streams
+from train.data.pipeline import Held, example_stream, make_stream
+from train.data.streams import Streams, counts
+from train.data.tokenizer import train_tokenizer
+from train.evaluation.lexicon import word_tokenizer
 
 LENGTH = 16
 
@@ -109,6 +115,45 @@ def test_iterator_resumes_where_it_was_saved(done):
         same(next(resumed), next(running))
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"streams": 1}, r"data\.streams was 2 and is 1"),
+        ({"streams": 4}, r"data\.streams was 2 and is 4"),
+        ({"seed": 1}, "seed was 0 and is 1"),
+        ({"examples": some(41)}, "data source 'text' had 40 rows and has 41"),
+        ({"source": "recall"}, "'recall' had 0 rows and has 40; .*'text' had 40 rows and has 0"),
+    ],
+)
+def test_state_of_other_data_is_refused(changes, says):
+    with closing(batches(streams=2)) as running:
+        next(running)
+        state = json.loads(json.dumps(running.get_state()))
+    told = f"{says}.*set it back, or start in a new workdir"
+    with (
+        closing(batches(**{"streams": 2} | changes)) as resumed,
+        pytest.raises(ConfigError, match=told),
+    ):
+        resumed.set_state(state)
+
+
+def test_state_that_does_not_say_of_what_it_is_is_refused():
+    with closing(batches()) as resumed, pytest.raises(ConfigError, match="does not say of which"):
+        resumed.set_state({"0": {"rows": 3, "waiting": [], "mixture": {}}})
+
+
+def test_document_that_waits_and_has_changed_is_refused():
+    """As many rows of the same sizes, but other tokens."""
+    with closing(batches()) as running:
+        next(running)
+        state = running.get_state()
+    others = [e._replace(ids=e.ids + 1) for e in some()]
+    with closing(batches(examples=others)) as resumed:
+        resumed.set_state(state)
+        with pytest.raises(ConfigError, match=r"'text' has changed since .* document \d+ is anoth"):
+            next(resumed)
+
+
 def rows_of(sizes, length, **options):
     held = Held(documents(sizes))
     pool = Pool("a", ordered(held, lambda example: example, 0, 0, 1), 1.0, 1.0)
@@ -126,7 +171,7 @@ def test_every_document_comes_once_an_epoch_in_pieces_that_join(sizes, length):
     state = rows.get_state()
     whole = documents(sizes)
     order = ordered(Held(whole), lambda example: example, 0, 0, 1)
-    for _, number, start, stop, _ in state["waiting"]:
+    for _, number, start, stop, *_ in state["waiting"]:
         came.update(order[number].ids[start:stop].tolist())
     drawn = state["mixture"]["next"]["a"]
     assert came == Counter(t for n in range(drawn) for t in order[n].ids.tolist())
@@ -244,6 +289,57 @@ def staged(weights, *, length=LENGTH, names="ab", after=None, steps=20, batch=4)
     if after is not None:
         stream.go_on(after)
     return stream
+
+
+def test_chats_too_long_for_the_next_stage_are_dropped_and_counted(tmp_path):
+    """And come neither in pieces nor as a change of the data; those that fit wait on."""
+    rng = np.random.default_rng(0)
+    rows = [
+        [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "a" * size}]
+        for n, size in enumerate(rng.integers(1, 120, 300).tolist())
+    ]
+    source = SourceConfig("c", (str(write_jsonl(tmp_path, [{"messages": r} for r in rows])),))
+    source = dataclasses.replace(source, kind="chat")
+    tokenizer = train_tokenizer(["some text"], 300)
+
+    def stage(length, after=None):
+        data = DataConfig(mixture=(source,), sequence_length=length, batch_size=2)
+        return make_stream(JobConfig("sft", 9, data=data), tokenizer, steps=9, after=after)
+
+    with closing(stage(256)) as long:
+        next(long)
+        state = json.loads(json.dumps(long.get_state()))
+    sizes = [piece[3] for piece in state["0"]["waiting"]]
+    with closing(stage(128, state)) as short:
+        told = []
+        for batch in itertools.islice(short, 5):
+            told += [tokenizer.decode(tokens) for tokens, _, _ in segments(batch)]
+        assert all(text.startswith(BOS) and text.endswith(EOS) for text in told)
+        assert counts(short.get_state())["c/dropped"] == sum(size > 128 for size in sizes) > 20
+        assert short.metrics()["data/dropped"] > 20
+
+
+def test_examples_go_on_in_the_next_stage():
+    data = DataConfig("recall", tasks=("associative_recall",), sequence_length=96, batch_size=2)
+
+    def stage(length, after=None):
+        job = JobConfig("sft", 3, data=dataclasses.replace(data, sequence_length=length))
+        return make_stream(job, word_tokenizer(), steps=3, after=after)
+
+    with closing(stage(96)) as first:
+        whole = [tokens_of(batch) for batch in itertools.islice(first, 6)]
+    with closing(stage(96)) as first:
+        begun = [tokens_of(batch) for batch in itertools.islice(first, 3)]
+        state = json.loads(json.dumps(first.get_state()))
+    assert begun == whole[:3]
+    with closing(stage(96, state)) as second:
+        later = [tokens_of(batch) for batch in itertools.islice(second, 3)]
+        assert not {*map(tuple, later)} & {*map(tuple, begun)}
+        assert counts(second.get_state())["recall/dropped"] == 0
+        assert second.get_state()["0"]["mixture"]["next"]["recall"] > 6
+    with closing(stage(64, state)) as shorter:
+        next(shorter)
+        assert counts(shorter.get_state())["recall/dropped"] > 0
 
 
 def tokens_of(batch):

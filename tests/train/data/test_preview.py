@@ -13,14 +13,16 @@ from tests.train.test_resume import ROOT
 from train.config import DataConfig, JobConfig, SourceConfig
 from train.data.preview import preview
 from train.data.tokenizer import train_tokenizer
+from train.stages import StageConfig
 
 
-def shown(data, workdir, width=100, **options):
+def shown(data, workdir, width=100, stages=(), **options):
     out = io.StringIO()
     console = Console(
         file=out, force_terminal=True, color_system="standard", width=width, highlight=False
     )
-    job = JobConfig("sft", 5, model=ModelConfig.tiny(vocab_size=300), data=data)
+    model = ModelConfig.tiny(vocab_size=300)
+    job = JobConfig("sft", 5, model=model, data=data, stages=stages)
     preview(job, workdir, console, **options)
     return out.getvalue()
 
@@ -65,6 +67,36 @@ def test_vocabulary_beyond_the_models_is_told(tmp_path):
         tokenizer=str(tmp_path / "tokenizer"),
     )
     assert "the tokenizer has 400 ids, model.vocab_size is 300" in shown(data, tmp_path)
+
+
+def test_recall_is_shown_with_its_own_tokenizer(tmp_path):
+    data = DataConfig("recall", tasks=("associative_recall",), sequence_length=96, batch_size=1)
+    told = shown(data, tmp_path, rows=1, batches=1)
+    assert "Memorize the following numbers." in told
+    assert "recall" in told
+
+
+def test_stages_are_shown_by_name(tmp_path):
+    mixture = []
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} " * 500)
+        mixture.append(SourceConfig(name, (str(tmp_path / f"{name}.txt"),)))
+    data = DataConfig(mixture=tuple(mixture), sequence_length=64, batch_size=1)
+    stages = (
+        StageConfig("short", steps=2, weights={"a": 1.0}),
+        StageConfig("long", steps=2, sequence_length=128, weights={"b": 1.0}),
+    )
+    first, named = (
+        shown(data, tmp_path, stages=stages, batches=2, stage=stage) for stage in ("", "long")
+    )
+    assert "stage 1 of 2, short" in first
+    assert "rows of 64 tokens" in first
+    assert "b b b" not in first
+    assert "stage 2 of 2, long" in named
+    assert "rows of 128 tokens" in named
+    assert "a a a" not in named
+    with pytest.raises(ConfigError, match="no stage 'far'; its stages: short, long"):
+        shown(data, tmp_path, stages=stages, stage="far")
 
 
 def test_pictures_have_no_preview(tmp_path):
