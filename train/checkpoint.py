@@ -60,7 +60,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(flat),
             data=ocp.args.JsonSave(distributed.union(data.get_state())),
-            sums=ocp.args.JsonSave(_sums(flat)),
+            sums=ocp.args.JsonSave(check_sums(flat)),
         )
         self._manager.save(step, args=items, force=True)
 
@@ -116,7 +116,8 @@ class Checkpoints:
         told = distributed.union({str(jax.process_index()): problem} if problem else {})
         if told:
             return str(next(iter(told.values())))
-        changed = [name for name, x in _sums(found["state"]).items() if found["sums"][name] != x]
+        sums = check_sums(found["state"])
+        changed = [name for name, x in sums.items() if found["sums"][name] != x]
         if changed:
             return f"{len(changed)} arrays have other values than were saved, {changed[0]} first"
         return {"state": found["state"], "data": found["data"]}
@@ -170,8 +171,8 @@ def _tell(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def _sums(flat: Mapping[str, jax.Array]) -> dict[str, int]:
-    """A check sum of each array, the same however it is sharded."""
+def check_sums(flat: Mapping[str, jax.Array]) -> dict[str, int]:
+    """A check sum of each array, taken on the devices, the same however it is sharded."""
     return {name: int(x) for name, x in _device_sums(dict(flat)).items()}
 
 

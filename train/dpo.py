@@ -8,11 +8,11 @@ the devices at every step: 912 GB of bfloat16 at 456B.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import os
 import sys
+import zlib
+from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mmjax.config import ConfigError
 from mmjax.model import Aux, Decoder
 from train import distributed
+from train.checkpoint import check_sums
 from train.config import DpoConfig, JobConfig
 from train.data.pipeline import make_stream
 from train.job import Job, Scalars
@@ -211,17 +212,17 @@ def preference_metrics(
 def reference_logprobs(job: Job, make: MakeStream) -> np.ndarray:
     """log π_ref of the answers of all the job's batches [steps, B, P, 2], in float32.
 
-    They are kept in `reference.npy` of the workdir; a run that was killed on the way to them goes
-    on where it last noted in `reference.json` how many batches are done.
+    They are kept in `reference.npy` of the workdir, and in `reference.json` of which model they
+    are, how many batches are done, and a check sum of each. A later run reads the batches again
+    and goes on where they end or first differ; another model starts anew.
 
     Args:
       job: Whose initial model is the reference.
       make: The job's batches.
     """
     cfg, data = job.cfg, job.cfg.data
-    table, done = _kept(job, (cfg.steps, data.batch_size, data.pairs_per_row, 2))
-    if done == cfg.steps:
-        return table
+    model = _identity(job)
+    table, sums = _kept(job, model, (cfg.steps, data.batch_size, data.pairs_per_row, 2))
     told = f"log-probabilities of the reference: {{}} of {cfg.steps} batches"
     with (
         jax.set_mesh(job.mesh),
@@ -232,13 +233,20 @@ def reference_logprobs(job: Job, make: MakeStream) -> np.ndarray:
             _of_batch, static_argnames=("graphdef", "pairs"), out_shardings=everywhere
         )
         for number in range(cfg.steps):
-            batch = next(stream)
-            if number < done:
+            batch = job.put(next(stream))
+            found = _digest(check_sums(batch))
+            if sums[number : number + 1] == [found]:
                 continue
-            found = compute(job.graphdef, job.state.params, job.put(batch), data.pairs_per_row)
-            table[number] = np.asarray(found)
+            if sums[number:]:
+                if distributed.is_primary():
+                    print(f"batch {number + 1} has changed; so has its reference", file=sys.stderr)
+                del sums[number:]
+                _note(job, table, model, sums)  # Before what it tells is written over.
+            logprobs = compute(job.graphdef, job.state.params, batch, data.pairs_per_row)
+            table[number] = np.asarray(logprobs)
+            sums.append(found)
             if (number + 1) % cfg.checkpoint.every == 0 or number + 1 == cfg.steps:
-                _note(job, table, number + 1)
+                _note(job, table, model, sums)
                 if distributed.is_primary():
                     print(told.format(number + 1), file=sys.stderr)
     return table
@@ -250,31 +258,59 @@ def _of_batch(
     return pair_logprobs(nnx.merge(graphdef, params), batch, pairs)[0]
 
 
-def _kept(job: Job, shape: tuple[int, ...]) -> tuple[np.ndarray, int]:
-    """The table of an earlier run and how many of its batches are done, or an empty one."""
-    table, done = np.zeros(shape, np.float32), 0
+def _kept(job: Job, model: str, shape: tuple[int, ...]) -> tuple[np.ndarray, list[int]]:
+    """The table of an earlier run and the check sums of its batches, or an empty one and none."""
+    table, sums = np.zeros(shape, np.float32), list[int]()
     if distributed.is_primary():
         job.workdir.mkdir(parents=True, exist_ok=True)
         file, note = job.workdir / "reference.npy", job.workdir / "reference.json"
-        kept = json.loads(note.read_text()) if note.exists() else {}
-        if kept.get("of") == _identity(job.cfg):
-            table, done = np.lib.format.open_memmap(file, "r+"), kept["done"]
+        kept = _read_note(note)
+        if kept.get("of") == model and _is_table(file, shape):
+            table, sums = np.lib.format.open_memmap(file, "r+"), list(kept["sums"])
         else:
             note.unlink(missing_ok=True)
             table = np.lib.format.open_memmap(file, "w+", np.float32, shape)
-    done = int(distributed.from_primary(np.asarray(done)))
-    return (distributed.from_primary(table) if done else table), done
+    sums = distributed.union({"sums": sums} if distributed.is_primary() else {})["sums"]
+    if sums and jax.process_count() > 1:
+        shared = distributed.from_primary(np.asarray(table))
+        # The first process goes on writing to its file; the others to a copy that can be written.
+        table = table if distributed.is_primary() else shared.copy()
+    return table, sums
 
 
-def _note(job: Job, table: np.ndarray, done: int) -> None:
+def _read_note(path: Path) -> dict[str, Any]:
+    """What is done, nothing where that cannot be read."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _is_table(file: Path, shape: tuple[int, ...]) -> bool:
+    """Whether a file holds a whole table. Opened to write, one that is cut off would be filled
+    with zeros.
+    """
+    try:
+        found = np.load(file, mmap_mode="r")
+    except (OSError, ValueError):
+        return False
+    return found.shape == shape and found.dtype == np.float32
+
+
+def _note(job: Job, table: np.ndarray, model: str, sums: list[int]) -> None:
     if isinstance(table, np.memmap):
         table.flush()
         unfinished = job.workdir / "reference.json.unfinished"
-        unfinished.write_text(json.dumps({"of": _identity(job.cfg), "done": done}))
+        unfinished.write_text(json.dumps({"of": model, "sums": sums}))
         os.replace(unfinished, job.workdir / "reference.json")
 
 
-def _identity(cfg: JobConfig) -> str:
-    """Changes when the batches or the reference do."""
-    told = (cfg.steps, cfg.seed, cfg.init_from, cfg.model, dataclasses.asdict(cfg.data))
-    return hashlib.sha256(repr(told).encode()).hexdigest()
+def _identity(job: Job) -> str:
+    """Changes when the reference does: by its shape and by the values of its parameters."""
+    leaves = jax.tree_util.tree_leaves_with_path(job.state.params)
+    values = check_sums({jax.tree_util.keystr(path): x for path, x in leaves})
+    return f"{_digest(values):08x} {job.model_cfg}"
+
+
+def _digest(sums: Mapping[str, int]) -> int:
+    return zlib.crc32(json.dumps(sums, sort_keys=True).encode())

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from mmjax.config import ConfigError
 from mmjax.sharding import make_mesh
 from tests.train.test_job import Killed, Run, killing
-from train.checkpoint import Checkpoints, _sums
+from train.checkpoint import Checkpoints, check_sums
 from train.config import CheckpointConfig, JobConfig
 from train.metrics import read_metrics
 
@@ -175,12 +175,13 @@ def test_every_change_of_a_bit_changes_the_sum(data):
     raw = other.view(np.uint8).reshape(-1)
     at = data.draw(st.integers(0, raw.size - 1))
     raw[at] ^= 1 if dtype == "bool" else 1 << data.draw(st.integers(0, 7))
-    assert _sums({"x": jnp.asarray(values)}) != _sums({"x": jnp.asarray(other)})
+    assert check_sums({"x": jnp.asarray(values)}) != check_sums({"x": jnp.asarray(other)})
 
 
 def test_sums_tell_order_and_do_not_depend_on_the_mesh():
     x = jnp.arange(64, dtype=jnp.float32).reshape(8, 8)
-    assert _sums({"x": x}) != _sums({"x": x.T})
+    assert check_sums({"x": x}) != check_sums({"x": x.T})
     mesh = make_mesh({"data": 4, "model": 2})
     for spec in (P("data", "model"), P("model"), P()):
-        assert _sums({"x": jax.device_put(x, NamedSharding(mesh, spec))}) == _sums({"x": x})
+        spread = jax.device_put(x, NamedSharding(mesh, spec))
+        assert check_sums({"x": spread}) == check_sums({"x": x})

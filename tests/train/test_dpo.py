@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -349,37 +350,88 @@ def test_a_job_learns_what_is_preferred_and_goes_on_exactly(tmp_path, model_fold
     monkeypatch.setattr(dpo.Updates, "__call__", stopped)
     assert dpo.run(cfg, tmp_path / "halted").stop_signal == signal.SIGTERM
     monkeypatch.setattr(dpo.Updates, "__call__", update)
-    monkeypatch.setattr(dpo, "_of_batch", None)  # The reference is there already.
+
+    def computed(*_):
+        raise AssertionError("the reference is there already")
+
+    monkeypatch.setattr(dpo, "_note", computed)
     again = dpo.run(cfg, tmp_path / "halted")
     assert_same(copied(again.state), copied(straight.state))
 
 
+class Reference:
+    """Computes the reference of a job in a folder; `noted` says how many batches were done."""
+
+    def __init__(self, tokenizer, monkeypatch, killed_after=None):
+        self.tokenizer, self.noted, note = tokenizer, [], dpo._note
+
+        def told(job, table, model, sums):
+            note(job, table, model, sums)
+            self.noted.append(len(sums))
+            if len(sums) == killed_after:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(dpo, "_note", told)
+
+    def __call__(self, cfg, folder):
+        running = dpo.Job(cfg, folder, self.tokenizer, cfg.steps)
+        self.noted.clear()
+        return np.array(
+            dpo.reference_logprobs(running, dpo.partial(make_stream, tokenizer=self.tokenizer))
+        )
+
+
 def test_the_reference_goes_on_after_a_kill(tmp_path, model_folder, tokenizer, monkeypatch):
     cfg = job(tmp_path, pairs(40), model_folder)
-
-    def table(folder):
-        running = dpo.Job(cfg, folder, tokenizer, cfg.steps)
-        make = dpo.partial(make_stream, tokenizer=tokenizer)
-        return np.array(dpo.reference_logprobs(running, make))
-
-    whole = table(tmp_path / "whole")
-    note, noted = dpo._note, []
-
-    def killed(job, table, done):
-        note(job, table, done)
-        noted.append(done)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(dpo, "_note", killed)
-    with pytest.raises(KeyboardInterrupt):
-        table(tmp_path / "killed")
-    monkeypatch.setattr(dpo, "_note", lambda *args: (noted.append(args[2]), note(*args)))
-    np.testing.assert_array_equal(table(tmp_path / "killed"), whole)
-    assert noted == [2, 4, 6]
+    with monkeypatch.context() as patch:
+        whole = Reference(tokenizer, patch)(cfg, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        Reference(tokenizer, patch, killed_after=2)(cfg, tmp_path / "killed")
+    reference = Reference(tokenizer, monkeypatch)
+    np.testing.assert_array_equal(reference(cfg, tmp_path / "killed"), whole)
+    assert reference.noted == [4, 6]
     # Other data: from the start.
-    cfg = dataclasses.replace(cfg, seed=1)
-    assert (table(tmp_path / "killed") != whole).any()
-    assert noted == [2, 4, 6, 2, 4, 6]
+    assert (reference(dataclasses.replace(cfg, seed=1), tmp_path / "killed") != whole).any()
+    assert reference.noted == [0, 2, 4, 6]
+
+
+def test_the_reference_follows_the_contents_of_files(
+    tmp_path, tokenizer, model_folder, monkeypatch
+):
+    """Of files that keep their names: one row of the data, the weights, and the table itself."""
+    model, work = tmp_path / "model", tmp_path / "work"
+    shutil.copytree(model_folder, model)
+    cfg = job(tmp_path, pairs(40), model)
+    reference = Reference(tokenizer, monkeypatch)
+    first = reference(cfg, work)
+    np.testing.assert_array_equal(reference(cfg, work), first)
+    assert reference.noted == []
+
+    rows = pairs(40)
+    rows[7] = rows[7] | {"chosen": "green 1"}
+    job(tmp_path, rows, model)  # Writes them.
+    changed = reference(cfg, work)
+    np.testing.assert_array_equal(changed, reference(cfg, tmp_path / "anew"))
+    assert (changed != first).any()
+
+    shutil.rmtree(model)
+    other = tiny_model(tokenizer.vocab_size)
+    other.norm.scale[...] = other.norm.scale[...] * 1.5
+    mmjax.save(other, model, tokenizer_from=model_folder)
+    moved = reference(cfg, work)
+    assert reference.noted == [2, 4, 6]
+    assert (moved != changed).any()
+
+    table = work / "reference.npy"
+    for damage in (
+        table.unlink,
+        lambda: np.save(table, moved[:, :1]),
+        lambda: table.write_bytes(table.read_bytes()[:-64]),
+        lambda: (work / "reference.json").write_text("{"),
+    ):
+        damage()
+        np.testing.assert_array_equal(reference(cfg, work), moved)
+        assert reference.noted == [2, 4, 6]
 
 
 @pytest.mark.parametrize(
