@@ -291,7 +291,7 @@ class JobConfig:
     steps: int
     seed: int = 0
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig.tiny)
-    model_keys: tuple[str, ...] = ()
+    model_keys: tuple[str, ...] = dataclasses.field(default=(), metadata={"key": False})
     init_from: str = ""
     remat: str = "super_block"
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)

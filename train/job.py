@@ -20,7 +20,8 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
 import mmjax
-from mmjax.config import ConfigError
+from mmjax.config import ConfigError, ModelConfig
+from mmjax.convert.api import open_params
 from mmjax.model import Decoder
 from mmjax.sharding import DEFAULT_RULES, make_mesh, param_shardings
 from mmjax.tokenizer import Tokenizer
@@ -77,19 +78,7 @@ class Job:
 
     def _initial_model(self) -> Decoder:
         if self.cfg.init_from:
-            source = Path(self.cfg.init_from)
-            asked = {key: operator.attrgetter(key)(self.cfg.model) for key in self.cfg.model_keys}
-            model = mmjax.load(
-                source, mesh=self.mesh, rules=self.cfg.sharding, dtype=asked.get("param_dtype")
-            )
-            model = _with_settings(model, asked, source)
-            if model.cfg.vocab_size < self.tokenizer.vocab_size:
-                raise ConfigError(
-                    f"the tokenizer has {self.tokenizer.vocab_size} ids, the model in {source} "
-                    f"only {model.cfg.vocab_size}"
-                )
-            model.remat = self.cfg.remat
-            return model
+            return self._loaded_model(Path(self.cfg.init_from))
         vocab = max(self.cfg.model.vocab_size, self.tokenizer.vocab_size)
         if vocab > self.cfg.model.vocab_size and distributed.is_primary():
             told = f"model.vocab_size {self.cfg.model.vocab_size} raised to the tokenizer's {vocab}"
@@ -112,6 +101,23 @@ class Job:
         )
         made = draw()
         return nnx.merge(graphdef, made)
+
+    def _loaded_model(self, source: Path) -> Decoder:
+        """The parameters in a folder, under the settings that the job names beside it."""
+        asked = {key: operator.attrgetter(key)(self.cfg.model) for key in self.cfg.model_keys}
+        cfg = open_params(source, asked.get("param_dtype")).cfg
+        if cfg.vocab_size < self.tokenizer.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {self.tokenizer.vocab_size} ids, the model in {source} only "
+                f"{cfg.vocab_size}"
+            )
+        cfg = settled(cfg, asked, source)
+        model = mmjax.load(
+            source, mesh=self.mesh, rules=self.cfg.sharding, dtype=asked.get("param_dtype")
+        )
+        model = with_config(model, cfg)
+        model.remat = self.cfg.remat
+        return model
 
     def enter(self, stage: Stage) -> None:
         """Takes on the settings of a stage: the steps from here on are compiled for them."""
@@ -310,13 +316,18 @@ _OF_A_JOB = (
 _OF_A_START = ("param_dtype", "initializer_range", "bos_token_id", "eos_token_id")
 
 
-def _with_settings(model: Decoder, asked: Mapping[str, Any], source: Path) -> Decoder:
-    """The same parameters under the settings of `model` that a job names beside init_from.
+def settled(cfg: ModelConfig, asked: Mapping[str, Any], source: Path) -> ModelConfig:
+    """A loaded model's config with the settings that a job names beside init_from.
+
+    Args:
+      cfg: Of the model in `source`.
+      asked: Keys of `model`, "vision.…" for the vision half's, and their values.
+      source: Its folder.
 
     Raises:
-      ConfigError: one that the parameters contradict.
+      ConfigError: a setting that the parameters contradict.
     """
-    has = flatten_dict(dataclasses.asdict(model.cfg), sep=".")
+    has = flatten_dict(dataclasses.asdict(cfg), sep=".")
     wrong = [
         f"model.{key} {value!r} (there {has.get(key)!r})"
         for key, value in asked.items()
@@ -330,7 +341,11 @@ def _with_settings(model: Decoder, asked: Mapping[str, Any], source: Path) -> De
             f"init_from {source} holds another model than {', '.join(wrong)}; leave these keys "
             f"out, as a job that starts from a model can set {', '.join(_OF_A_JOB)} alone"
         )
-    cfg = dataclasses.replace(model.cfg, **{k: asked[k] for k in _OF_A_JOB if k in asked})
+    return dataclasses.replace(cfg, **{k: asked[k] for k in _OF_A_JOB if k in asked})
+
+
+def with_config(model: Decoder, cfg: ModelConfig) -> Decoder:
+    """The same parameters in a decoder of a config that differs in what has no shape."""
     if cfg == model.cfg:
         return model
     structure = nnx.graphdef(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))))

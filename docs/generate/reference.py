@@ -114,6 +114,11 @@ def config_sections() -> Iterator[tuple[str, type]]:
     yield from SECTIONS.items()
 
 
+def keys(section: type) -> list[dataclasses.Field]:
+    """The fields of a section that a config may set."""
+    return [field for field in dataclasses.fields(section) if field.metadata.get("key", True)]
+
+
 def config_page() -> str:
     """Every key of a job, with type, default and meaning."""
     parts = [_CONFIG_HEAD]
@@ -121,7 +126,7 @@ def config_page() -> str:
         parts.append(f"## {name or 'The job'}\n\n{inspect.getdoc(section).split(chr(10))[0]}\n")
         parts.append("| key | type | default | |\n|---|---|---|---|")
         texts = attribute_texts(section)
-        for field in dataclasses.fields(section):
+        for field in keys(section):
             key = f"{name}.{field.name}" if name else field.name
             cells = [f"`{key}`", f"`{field.type}`", _default(field), _told(field, texts)]
             parts.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")

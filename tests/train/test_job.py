@@ -19,7 +19,7 @@ from mmjax.sharding import ShardingError, ShardingRules, make_mesh
 from tests.train.programs import assert_same, problems_and_tokenizer, tiny_model
 from train.cispo import _reached
 from train.config import CheckpointConfig, DataConfig, JobConfig
-from train.job import Job, _with_settings
+from train.job import Job, settled, with_config
 from train.metrics import read_metrics
 from train.state import TrainState
 from train.tasks import run_task
@@ -152,9 +152,11 @@ def test_a_job_sets_what_the_parameters_it_starts_from_leave_open():
     model = tiny_model(48)
     asked = {"dtype": "bfloat16", "rope_theta": 5e6, "router_aux_loss_coef": 0.5}
     same = {"vocab_size": 40, "hidden_size": model.cfg.hidden_size, "initializer_range": 1.0}
-    narrow = _with_settings(model, asked | same, Path("start"))
-    assert narrow.cfg == dataclasses.replace(model.cfg, **asked)
-    assert _with_settings(model, same, Path("start")) is model
+    cfg = settled(model.cfg, asked | same, Path("start"))
+    assert cfg == dataclasses.replace(model.cfg, **asked)
+    assert settled(model.cfg, same, Path("start")) == model.cfg
+    narrow = with_config(model, cfg)
+    assert narrow.cfg == cfg
     out = jax.eval_shape(lambda: narrow(jnp.zeros((1, 4), jnp.int32)))
     assert out.hidden.dtype == jnp.bfloat16
     assert_same(nnx.state(narrow), nnx.state(model))
@@ -170,7 +172,7 @@ def test_a_job_sets_what_the_parameters_it_starts_from_leave_open():
 )
 def test_a_job_does_not_set_what_the_parameters_say(asked, says):
     with pytest.raises(ConfigError, match=says):
-        _with_settings(tiny_model(48), asked, Path("start"))
+        settled(tiny_model(48).cfg, asked, Path("start"))
 
 
 def test_finished_job_does_nothing_more(tmp_path):
