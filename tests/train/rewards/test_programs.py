@@ -122,6 +122,88 @@ except IndexError:
     assert outcome.status == "ok", outcome.message
 
 
+def test_what_ordinary_answers_return(box):
+    program = """
+import collections, dataclasses, enum, math
+class Negative(ValueError): pass
+class Deeper(Negative): pass
+@dataclasses.dataclass
+class Point:
+    x: int
+    y: float = math.inf
+    def shifted(self, by): return Point(self.x + by.x, self.y)
+class Node:
+    ROOTS = 2
+    def __init__(self, *children): self.children = list(children)
+    def __len__(self): return len(self.children)
+    def __getitem__(self, i): return self.children[i]
+    def __str__(self): return "node"
+class Colour(enum.Enum):
+    RED = 1
+Pair = collections.namedtuple("Pair", "left right")
+def count(text): return collections.Counter(text)
+def squares(n): return (i * i for i in range(n))
+def root(x):
+    if x < 0: raise Negative("below", x)
+    if x == 0: raise Deeper("none")
+    return {x ** 0.5, frozenset([x])}
+def apply(x): return x.children
+"""
+    asserts = """
+assert count("aab") == {"a": 2, "b": 1} and count("aab") == count("aba") != count("b")
+assert count("aab")["a"] == 2 and "b" in count("aab") and "c" not in count("aab")
+assert len(count("aab")) == 2 and sorted(count("ba")) == ["a", "b"]
+assert list(squares(3)) == [0, 1, 4] and next(squares(1)) == 0 and sum(squares(4)) == 14
+assert root(4) == {2.0, frozenset({4})}
+try:
+    root(-4)
+except Negative as error:
+    assert error.args == ("below", "-4")
+try:
+    root(0)
+except ValueError as error:
+    assert str(error) == "none"
+try:
+    root(0)
+except Negative:
+    pass
+point = Point(3)
+assert point.x == 3 and point.y == float("inf") and point.shifted(Point(4)).x == 7
+assert point == point and point != Point(3) and str(point) == "Point(x=3, y=inf)"
+node = Node(Node(), 5)
+assert len(node) == 2 and node[1] == 5 and str(node) == "node" and not node[0] and node
+assert Node.ROOTS == 2 and len(apply(node)) == 2 and [len(n) for n in node.children[:1]] == [0]
+pair = Pair(1, right=2)
+assert pair == (1, 2) and pair.right == 2 and Colour.RED.value == 1 and [*Colour][0].name == "RED"
+"""
+    outcome = run_asserts(box, program, asserts, LIMITS)
+    assert outcome.status == "ok", outcome.message
+
+
+def test_program_is_not_told_what_its_values_are_compared_with(box):
+    program = """
+seen = []
+class Spy:
+    def __eq__(self, other): return seen.append(other) or True
+    def __contains__(self, other): return seen.append(other) or True
+    def __lt__(self, other): return seen.append(other) or True
+    def __iter__(self): return iter([self])
+def f(): return Spy()
+"""
+    asserts = """
+found = f()
+assert found != 98765 and 98765 not in found and [found] != [98765] and found in [found]
+try:
+    found < 98765
+    raise ValueError
+except TypeError:
+    pass
+assert seen == []
+"""
+    outcome = run_asserts(box, program, asserts, LIMITS)
+    assert outcome.status == "ok", outcome.message
+
+
 def test_program_cannot_see_the_assertions(box):
     """Neither in its memory nor in the memory of processes it can reach."""
     program = """
@@ -157,7 +239,8 @@ def test_one_code_block_or_none():
         ({"question": "x", "tests": [], "asserts": "assert 1"}, "needs either"),
         ({"question": "x", "tests": []}, "needs as tests a list"),
         ({"question": "x", "tests": [{"input": "1"}]}, "needs as tests a list"),
-        ({"question": "x", "asserts": "f(1)"}, "without an assert"),
+        ({"question": "x", "asserts": "f(1)"}, "needs as asserts a text"),
+        ({"question": "x", "asserts": ["assert f(1)"]}, "needs as asserts a text"),
         ({"asserts": "assert f(1)"}, "needs the text question"),
     ],
 )
@@ -166,6 +249,37 @@ def test_row_without_tests_would_take_any_program(tmp_path, row, complaint):
     path.write_text(json.dumps(row))
     with pytest.raises(ConfigError, match=complaint):
         ReasoningProblems((f"code(path={str(path)!r})",), 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("row", "right"),
+    [({**SUMS, "asserts": None}, ADD), ({"asserts": PLUS, "tests": None}, "def f(x): return x+1")],
+)
+def test_row_of_a_table_has_the_other_field_empty(box, tmp_path, row, right):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"question": "x", **row}))
+    source = ProgramSource("code", box, str(path))
+    (problem,) = [*source.draw(1, 0, held_out=False), *source.draw(1, 0, held_out=True)]
+    assert ("standard input" in problem.question) == (right == ADD)
+    assert source.score(problem, right) == 1.0
+    assert source.score(problem, "pass") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("limit", "complaint"),
+    [
+        ("memory_mb='abc'", "memory_mb must be a whole number above 0, got 'abc'"),
+        ("memory_mb=1.5", "memory_mb must be a whole number"),
+        ("workers=-1", "workers must be a whole number 0 or above"),
+        ("seconds='5'", "seconds must be a number above 0"),
+        ("processes=True", "processes must be a whole number"),
+    ],
+)
+def test_limits_are_numbers(tmp_path, limit, complaint):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"question": "x", **SUMS}))
+    with pytest.raises(ConfigError, match=complaint):
+        ReasoningProblems((f"code(path={str(path)!r}, {limit})",), 1, 0)
 
 
 def test_unknown_limit(tmp_path):

@@ -231,8 +231,14 @@ def math_score(gold, answer):
         ("1/2", "0.5"), ("1/2", "The result:\n\n\\boxed{\\frac12}"), ("7", "\\boxed{7}"),
         ("7", "7.0"), ("1000", "1,000"), ("x+1", "1+x"), ("(1,2)", "(1, 2)"), ("3", "x = 3"),
         ("\\{1,2\\}", "\\{2,1\\}"), ("\\sqrt{2}", "\\boxed{\\sqrt2}"), ("12", "12\\text{ cm}"),
-        ("-3", "$-3$"), ("30", "\\boxed{30^\\circ}"), ("2", "\\boxed{\\frac{4}{2}}"),
-        ("[0,1]", "\\left[0,1\\right]"), ("5", "**5**"),
+        ("-3", "$-3$"), ("30", "\\boxed{30^\\circ}"), ("30", "30°"), ("5", "**5**"),
+        ("[0,1]", "\\left[0,1\\right]"), ("-3", "x=-3"), ("-3", "(-3)"), ("-3", "x_1 = -3"),
+        ("1,234", "1\\,234"), ("1234", "1{,}234"), ("12,345,678", "12345678"), ("π", "π"),
+        ("\\pi", "π"), ("2\\pi", "\\boxed{2π}"), ("x^2", "x*x"),
+        ("2\\sqrt{3}", "2 \\cdot \\sqrt{3}"),
+        ("12\\%", "12%"), ("12\\%", "12"), ("12", "12\\%"), ("12\\%", "0.12"), ("0.5", "1/2"),
+        ("-\\frac{1}{2}", "\\frac{-1}{2}"), ("2x+1", "1+2x"), ("2^{10}", "1024"),
+        ("\\text{Monday}", "\\boxed{\\text{Monday}}"), ("(1,-2)", "(1, -2)"),
     ],
 )  # fmt: skip
 def test_right_mathematics(gold, answer):
@@ -246,11 +252,27 @@ def test_right_mathematics(gold, answer):
         ("3", "\\boxed{3} or \\boxed{4}"), ("3", "\\boxed{4} \\boxed{3}"), ("3", "3, 4"),
         ("3", "3 or 4"), ("3", "\\boxed{3"), ("3", "３"), ("3", "З"), ("3", "3\n4"), ("1/2", "1/3"),
         ("x", "__import__('os')._exit(0)"), ("3", "\\boxed{9^{9^{9^9}}}"), ("3", "3" * 5000),
+        ("2", "\\boxed{\\frac{4}{2}}"), ("12", "24/2"), ("12", "5=12"), ("100", "50/0.5"),
+        ("2", "\\sqrt{4}"),
+        ("1/2", "1-1/2"), ("\\frac{1}{3}", "\\int_0^1 x^2 dx"), ("1/2", "\\lim_{x\\to 0} x/(2x)"),
+        ("x^2/2", "\\int x dx"), ("10", "\\sum_{i=1}^4 i"), ("12", "1200\\%"), ("12\\%", "1200\\%"),
+        ("12", "0.12\\%"), ("1/2", "2 = 1/2"), ("3", "3 \\text{ or } 4"), ("1/2", "0.25+0.25"),
         ("How much?", "\\boxed{}"), ("4", "How much? Put the final answer in \\boxed{}."),
     ],
 )  # fmt: skip
 def test_wrong_mathematics(gold, answer):
     assert math_score(gold, answer) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("question", "gold", "answer"),
+    [("Simplify $\\frac{2}{4}$.", "\\frac{1}{2}", "\\frac{2}{4}"), ("Add: x + x", "2x", "x+x")],
+)
+def test_repeating_the_question_is_no_mathematics(question, gold, answer):
+    source = MathSource.__new__(MathSource)
+    problem = Problem("math", question, gold, {"question": question})
+    assert source.score(problem, answer) == 0.0
+    assert source.score(problem, gold) == 1.0
 
 
 def test_giant_numbers_end_their_process_and_not_the_trainer(monkeypatch):
