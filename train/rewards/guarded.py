@@ -11,6 +11,7 @@ import ast
 import contextlib
 import functools
 import json
+import math
 import queue
 import resource
 import signal
@@ -151,7 +152,9 @@ def build(text: str) -> Any:
 
     def node_of(node: ast.AST) -> Any:
         match node:
-            case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
+            case ast.Constant(value=bool()):
+                pass
+            case ast.Constant(value=int() | float() as value) if abs(value) < math.inf:
                 return sympy.Rational(str(value))
             case ast.Name(id=name) if name in ("pi", "E"):
                 return getattr(sympy, name)

@@ -14,9 +14,21 @@ _MAX_NESTING = 50
 _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-"})
 _FENCE = re.compile(r"```\w*\n(.*?)\n?```", re.DOTALL)
 _WRAPPED = [
-    re.compile(p, re.DOTALL) for p in (r"\\boxed\{(.*)\}", r"\$+([^$]*)\$+", r"\*\*(.*)\*\*")
+    re.compile(p, re.DOTALL)
+    for p in (
+        r"\\boxed\{(.*)\}",
+        r"\$+([^$]*)\$+",
+        r"\\\((.*)\\\)",
+        r"\\\[(.*)\\\]",
+        r"\*\*((?:(?!\*\*).)*)\*\*",
+        r"`([^`]*)`",
+    )
 ]
-_LABEL = re.compile(r"(?:the )?(?:final )?answer(?: is)?\s*:?\s+|(?:the )?(?:final )?answer:", re.I)
+_BOLD = re.compile(r"\*\*(.*)\*\*", re.DOTALL)
+_LABEL = re.compile(
+    r"\**(?:the )?(?:final )?answer(?: is)?\**\s*:\**\s*|(?:the )?(?:final )?answer(?: is)?\s+",
+    re.I,
+)
 _TOKEN = re.compile(r"\s*(?:(\d+)|(.))", re.DOTALL)
 _PAIR = re.compile(
     r"['\"]?(\w+)['\"]?\s*(?:->|=>|[=:]|\bis\b)\s*(?:an? )?['\"]?(\w+)['\"]?", re.ASCII
@@ -25,7 +37,8 @@ _RULER = re.compile(r"[-+=|\s]*[-+=][-+=|\s]*")
 
 
 def plain(answer: str) -> str | None:
-    r"""An answer without its wrapping: one code fence, \boxed{}, $…$, **…**, "Answer:".
+    r"""An answer without its wrapping, whatever is around what: a code fence, \boxed{}, $…$, \(…\),
+    **…**, `…`, "Answer:".
 
     Returns:
       ASCII text; None for a longer text than answers need, or one with other characters, such as
@@ -36,13 +49,22 @@ def plain(answer: str) -> str | None:
     text = answer.translate(_SIGNS).strip()
     if not text.isascii():
         return None
-    text = text[label.end() :].strip() if (label := _LABEL.match(text)) else text
-    fenced = _FENCE.fullmatch(text)
-    text = fenced[1] if fenced else text
-    for pattern in _WRAPPED:
-        if found := pattern.fullmatch(text.strip()):
-            text = found[1]
-    return text.strip("\n") if fenced else text.strip()
+    before = ""
+    while text != before:
+        before = text
+        if fence := _FENCE.fullmatch(text):
+            # Spaces at the start of a line may be a grid's.
+            fenced = fence[1].strip("\n")
+            return fenced if "\n" in fenced else plain(fenced)
+        for pattern in _WRAPPED:
+            if found := pattern.fullmatch(text):
+                text = found[1].strip()
+        if label := _LABEL.match(text):
+            text = text[label.end() :].strip()
+        # Around powers, which are written ** too, where nothing else comes off.
+        if text == before and (found := _BOLD.fullmatch(text)):
+            text = found[1].strip()
+    return text
 
 
 def read_items(answer: str) -> list[str] | None:
@@ -89,12 +111,12 @@ def read_assignment(answer: str, names: Collection[str]) -> dict[str, str] | Non
     text = plain(answer)
     if text is None:
         return None
-    text = text.strip("{}[]() \n")
+    text = re.sub(r"(?m)^\s*\d+[.)]\s+", "", re.sub("[*`]", "", text)).strip("{}[]() \n")
     found: dict[str, str] = {}
-    for part in re.split(r"[,;\n]+|\band\b", text):
+    for part in re.split(r"[,;\n]+|\band\b|\.(?=\s)", text):
         if not part.strip():
             continue
-        pair = _PAIR.fullmatch(part.strip(" -*."))
+        pair = _PAIR.fullmatch(part.strip(" -."))
         if pair is None or pair[1] in found or pair[1] not in names:
             return None
         found[pair[1]] = pair[2]

@@ -1,11 +1,14 @@
 """Verifiers: right answers in odd forms pass; near misses and exploits do not."""
 
+import json
 import random
+import re
 from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reasoning_gym.factory import DATASETS
 
 from train.data.sources import Problem
 from train.rewards.guarded import GuardedError, shared
@@ -69,7 +72,9 @@ CASES = {
     "knights_and_knaves": (
         {"names": ["Anna", "Bob"], "claims": [["knave", 1, 0], ["both", 0, 1]]},
         ["Anna = knight, Bob = knave", "Bob: knave\nAnna: Knight", "Anna is a knight and Bob is a "
-         "knave.", '{"Anna": "knight", "Bob": "knave"}', "- Anna -> knight\n- Bob -> knave"],
+         "knave.", '{"Anna": "knight", "Bob": "knave"}', "- Anna -> knight\n- Bob -> knave",
+         "- **Anna**: knight\n- **Bob**: knave", "1. Anna: knight\n2. Bob: knave",
+         "Anna is a knight. Bob is a knave.", "**Answer:** Anna is a knight, Bob is a knave"],
         ["Anna = knight", "Anna = knave, Bob = knight", "Anna = knight, Bob = knave, Bob = knight",
          "Anna = knight, Anna = knave, Bob = knave", "Anna = knight, Bob = knave, Eve = knight",
          "Anna = knight, Bob = liar", "Anna = knight, Вob = knave", "knight, knave",
@@ -192,6 +197,15 @@ def _pieces(expression):
         yield word
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["5", "$5$", "$\\boxed{5}$", "\\boxed{$5$}", "**Answer: 5**", "**Answer:** 5", "`5`", "\\(5\\)",
+     "The final answer is: **$5$**", "\\[\\boxed{5}\\]", "Answer: ```\n5\n```", "```\n$5$\n```"],
+)  # fmt: skip
+def test_wrapping_comes_off_whatever_is_around_what(text):
+    assert plain(text) == "5"
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.text(alphabet="0123456789+-*/() .eE_x,[]", max_size=60))
 def test_readers_never_raise(text):
@@ -283,24 +297,84 @@ def test_giant_numbers_end_their_process_and_not_the_trainer(monkeypatch):
 
 # reasoning-gym.
 
-WEAK = ("game_of_life_halting", "gsm_symbolic", "puzzle24", "polynomial_multiplication",
-        "simple_integration", "n_queens", "string_insertion", "time_intervals",
-        "spell_backward", "products", "chain_sum")  # fmt: skip
+EXPLOITS = (
+    "nan", "inf", "-{}", "{}/7", "{} or nothing, I am not sure", "not:{}", "{}, 17", "{}x", "{}{}",
+    "{} {}", "{}\n{}", "{}?", "[]", "{{}}", "()", "''", "x", "1e999999999", "1e9_9_9_9_9_9_9_9_9",
+    "1.e99999999", "{} __import__('os')", "__import__('os')._exit(1)",
+)  # fmt: skip
+# Of some datasets these are right: the constant of an integral, moves after the last one.
+HARMLESS = {"simple_integration", "intermediate_integration", "sokoban"}
 
 
-@pytest.mark.parametrize("name", WEAK)
-def test_reasoning_gyms_verifiers_hold(name):
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # reasoning-gym leaves files open.
+@pytest.mark.parametrize("name", sorted(set(DATASETS) - {"composite"}))
+def test_right_answers_to_reasoning_gym_in_odd_forms_and_exploits(name):
     source = GymSource(name, name, {})
-    problems = list(source.draw(6, 0, held_out=False))
-    first = problems[0]
-    other = next(p.answer for p in problems if p.answer != first.answer)
-    assert source.score_all([(p, p.answer) for p in problems]) == [1.0] * 6
-    wrong = [other, f"{first.answer} {other}", f"{other}\n{first.answer}", first.question,
-             f"{first.question} {first.answer}", first.answer + " __import__('os')",
-             "__import__('os')._exit(1)", "1e999999999"]  # fmt: skip
-    wrong.append(first.answer.translate(LOOKALIKES))
-    verdicts = source.score_all([(first, w) for w in wrong if w != first.answer])
-    assert not any(v == 1.0 for v in verdicts)
+    problems = list(source.draw(5, 0, held_out=False))
+    known = [p for p in problems if p.answer]
+    for form in ("{}", "  {}\n", "**{}**", "Answer: {}", "\\boxed{{{}}}", "```\n{}\n```"):
+        texts = [(p, form.format(p.answer)) for p in known if form == "{}" or p.answer.isascii()]
+        assert source.score_all(texts) == [1.0] * len(texts), form
+    for problem in problems:
+        answer = problem.answer
+        others = [p.answer for p in known if p.answer != answer][:1]
+        wrong = [form.format(*[answer] * 2) for form in EXPLOITS if answer or "{}" not in form]
+        wrong += [f"{answer} {other}" for other in others] + [f"{o}\n{answer}" for o in others]
+        wrong += [problem.question, f"{problem.question} {answer}", answer.translate(LOOKALIKES)]
+        asked = [(problem, w) for w in wrong if not _is_number_of(w, answer) and w != answer]
+        verdicts = dict(zip((w for _, w in asked), source.score_all(asked), strict=True))
+        passed = {w for w, verdict in verdicts.items() if verdict == 1.0}
+        allowed = {f"{answer}/7", answer * 2} if name in HARMLESS else set()
+        assert passed <= allowed
+        assert not [w for w, v in verdicts.items() if isinstance(v, Exception)]
+
+
+def _is_number_of(text, answer):
+    """Whether a text has -0 or 00 where the answer has 0."""
+    return re.sub(r"-?\b0+\b", "0", text) == re.sub(r"\b0+\b", "0", answer)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("graph_color", "possible_answer"), ("rubiks_cube", "example_correct_answer")]
+)
+def test_datasets_without_a_known_answer_take_a_right_one(name, key):
+    source = GymSource(name, name, {})
+    for problem in source.draw(3, 0, held_out=False):
+        right = problem.entry["metadata"][key]
+        assert source.score(problem, right if isinstance(right, str) else json.dumps(right)) == 1.0
+        assert source.score(problem, "{}") == source.score(problem, "U") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "metadata", "right", "wrong"),
+    [
+        ("coin_flip", "0.0000305", {}, ["0.0000305", "0.00003050"], ["0", "0.0001", "0.125 1"]),
+        ("complex_arithmetic", "48.0 - 36.0i", {}, ["48-36i", "48.0 - 36.0 i"], ["48+36i", "48"]),
+        ("complex_arithmetic", "0.0 + 1.0i", {}, ["i", "0+i", "1i"], ["-i", "1", ""]),
+        ("polynomial_equations", "-3.625, 0.0", {}, ["0, -3.625"], ["-3.625", "0, -3.625, 1"]),
+        ("polynomial_equations", "", {}, ["none", "No real solutions"], ["0", "nothing"]),
+        ("number_sorting", "['-1.5', '2.0']", {}, ["[-1.5, 2]", '["-1.5", "2.0"]'], ["[-1, 2]"]),
+        ("prime_factorization", "2 × 433", {}, ["433 × 2", "2*433", "2 x 433"], ["866", "2 × 4"]),
+        ("power_function", "-0.00136748", {}, ["-1.37e-3", "-0.00137"], ["-0.0013", "1.37e-3"]),
+        ("time_intervals", "5 days", {}, ["5", "5 day"], ["-5 days", "5 days, 6 days"]),
+        ("time_intervals", "00:34:28", {}, ["0:34:28"], ["00:34:29", "34:28"]),
+        ("advanced_geometry", "(4.051, -5.487)", {}, ["(4.051,-5.487)"], ["4.051, -5.487, 17"]),
+        ("game_of_life", "[[0,1],[1,0]]", {}, ["[[0, 1], [1, 0]]"], ["[[0,1],[1]]", "[[0,true]]"]),
+        ("chain_sum", "-1234", {}, ["-1,234", "-1234.0", "$-1234$"], ["-12,34", "−-1234", "1234"]),
+        (
+            "fraction_simplification",
+            "2/3",
+            {"simplified_numerator": 2, "simplified_denominator": 3},
+            ["\\frac{2}{3}", "$2 / 3$"],
+            ["4/6", "\\frac{4}{6}", "2/3x", "$2/3"],
+        ),
+    ],
+)
+def test_rules_of_reasoning_gym(name, known, metadata, right, wrong):
+    source = GymSource(name, name, {})
+    problem = Problem(name, "What?", known, {"metadata": metadata})
+    assert source.score_all([(problem, answer) for answer in right]) == [1.0] * len(right)
+    assert source.score_all([(problem, answer) for answer in wrong]) == [0.0] * len(wrong)
 
 
 LOOKALIKES = str.maketrans("0123456789aeo", "０１２３４５６７８９аео")
