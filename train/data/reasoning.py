@@ -96,6 +96,10 @@ class ReasoningProblems:
             f"judge/{t}/{name}": x for t, values in watched.items() for name, x in values.items()
         }
 
+    def lowest(self, task: str) -> float:
+        """The worst score of a task."""
+        return self._sources[task].lowest
+
     def score(self, problem: Problem, answer: str) -> float:
         """The verifier's verdict on an answer, 0 or 1 (-1 to 1 where answers are compared)."""
         return self._sources[problem.task].score(problem, answer)

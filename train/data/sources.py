@@ -27,10 +27,12 @@ class Source(abc.ABC):
 
     family: "rule" if a rule tells right from wrong, "general" if a model judges.
     workers: Answers that are scored side by side; more than one where scoring waits for others.
+    lowest: The worst score, which no answer at all has too.
     """
 
     family: Family = "rule"
     workers: int = 1
+    lowest: float = 0.0
 
     def __init__(self, task: str) -> None:
         self.task = task

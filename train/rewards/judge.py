@@ -57,7 +57,12 @@ _COMPARE = (
 Which answer is better?
 Explain briefly, then end with a line of its own: Verdict: A, Verdict: B or Verdict: tie"""
 )
-_MARK = re.compile(r"</?\s*(question|reference|answer|answer_a|answer_b)\s*>", re.IGNORECASE)
+# What could end an answer's marks, or a turn of the chats of common models.
+_MARK = re.compile(
+    r"<(?=\s*/?\s*(?:question|reference|answer|answer_a|answer_b)\s*>|\||/?s>|/?\w+_of_\w+>)"
+    r"|\[(?=/?INST\])",
+    re.IGNORECASE,
+)
 _CORRELATION_FLAG = 0.5
 
 
@@ -122,6 +127,8 @@ class GradeSource(JudgeSource):
 
 class CompareSource(JudgeSource):
     """1 if the answer beats the reference in both positions, -1 if it loses in both, else 0."""
+
+    lowest = -1.0
 
     def verdicts(self, asked: Sequence[tuple[Problem, str]]) -> list[float | Exception]:
         """Two calls an answer."""
@@ -189,7 +196,7 @@ def grade(reply: str) -> float:
     Raises:
       JudgeError: none, or several that differ.
     """
-    return (int(_verdict(reply, r"Grade:\s*([1-5])")) - 1) / 4
+    return (int(_verdict(reply, r"Grade\W*:\W*([1-5])")) - 1) / 4
 
 
 def preference(reply: str) -> int:
@@ -198,7 +205,7 @@ def preference(reply: str) -> int:
     Raises:
       JudgeError: none, or several that differ.
     """
-    return {"a": 1, "b": -1, "tie": 0}[_verdict(reply, r"Verdict:\s*(A|B|tie)").lower()]
+    return {"a": 1, "b": -1, "tie": 0}[_verdict(reply, r"Verdict\W*:\W*(A|B|tie)").lower()]
 
 
 def _verdict(reply: str, pattern: str) -> str:
@@ -226,8 +233,11 @@ def _caught(read: Callable[[str], float], reply: str | Exception) -> float | Exc
 
 
 def _unmarked(answer: str) -> str:
-    """An answer that cannot close its own mark and go on as the judge's instructions."""
-    return _MARK.sub("", answer)
+    """An answer that cannot close its own mark or turn and go on as the judge's instructions.
+
+    Marks lose their first character to another one, so that what is left makes no new one.
+    """
+    return _MARK.sub("(", answer)
 
 
 def source_of(kind: str) -> type[JudgeSource] | None:

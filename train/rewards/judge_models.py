@@ -62,11 +62,23 @@ class EngineJudge(Judge):
     def _added(self, prompt: str) -> str | Exception:
         tokenizer = self._engine.tokenizer
         start = tokenizer.document_start if tokenizer else ""
-        chat = render_chat([{"role": "user", "content": prompt}], document_start=start)
+        content = self._without_special(prompt)
+        chat = render_chat([{"role": "user", "content": content}], document_start=start)
         try:
             return self._engine.add(chat, self._params)
         except RequestError as error:
             return error
+
+    def _without_special(self, text: str) -> str:
+        """A text of which nothing becomes a special token, as the end of a turn is one."""
+        if self._engine.tokenizer is None:
+            return text
+        added = self._engine.tokenizer.backend.get_added_tokens_decoder().values()
+        special = [t.content for t in added if t.special and len(t.content) > 1]
+        while found := [token for token in special if token in text]:
+            for token in found:
+                text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
 
 
 class EndpointJudge(Judge):

@@ -14,8 +14,8 @@ from train.data.reasoning import Problem, ReasoningProblems
 
 
 class Score(NamedTuple):
-    """reward: weighted sum of the components; failed: a reward raised, and the sample counts 0;
-    components: "format" and "correct", 0 to 1 each (-1 to 1 where answers are compared).
+    """reward: weighted sum of the components; failed: a reward raised, and the sample counts as
+    wrong; components: "format" and "correct", 0 to 1 each (-1 to 1 where answers are compared).
     """
 
     reward: float
@@ -32,7 +32,8 @@ def score_completions(
     """Scores samples, each on its own: one whose reward raises fails alone.
 
     Only what follows the closed thinking is an answer, so a completion of the wrong form, or cut
-    off at the limit, is wrong whatever it says.
+    off at the limit, is wrong whatever it says: as wrong as one that loses, where answers are
+    compared.
 
     Args:
       problems: Where the problems are from; it knows verifiers and weights.
@@ -61,8 +62,8 @@ def score_completions(
     with ThreadPoolExecutor(max(len(by_task), 1)) as pool:
         list(pool.map(verify, by_task))
     return [
-        _score(problems.weights, answer is not None, verdicts.get(i, 0.0))
-        for i, answer in enumerate(answers)
+        _score(problems.weights, answer is not None, verdicts.get(i), problems.lowest(problem.task))
+        for i, (problem, answer) in enumerate(zip(chosen, answers, strict=True))
     ]
 
 
@@ -78,9 +79,12 @@ def answer_of(text: str) -> str | None:
     return None if mark in thinking or mark in answer or THINK_END in answer else answer
 
 
-def _score(weights: Mapping[str, float], form: bool, verdict: float | Exception) -> Score:
-    components = {"format": float(form)}
-    if isinstance(verdict, Exception):
-        return Score(0.0, True, {**components, "correct": 0.0})
-    components["correct"] = verdict
-    return Score(sum(weights[name] * x for name, x in components.items()), False, components)
+def _score(
+    weights: Mapping[str, float], form: bool, verdict: float | Exception | None, lowest: float
+) -> Score:
+    failed = isinstance(verdict, Exception)
+    correct = lowest if verdict is None or isinstance(verdict, Exception) else verdict
+    components = {"format": float(form), "correct": correct}
+    # A verifier that fails is no reason to reward the form.
+    counted = {"correct": correct} if failed else components
+    return Score(sum(weights[name] * x for name, x in counted.items()), failed, components)
