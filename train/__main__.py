@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,13 @@ def parse_flags(argv: list[str]) -> list[str]:
     read = parser.parse
 
     def parse(argument: str) -> ConfigDict:
-        config: ConfigDict = read(argument)
+        try:
+            config: ConfigDict = read(argument)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            sys.exit(_complain(_told_by_file(argument, error)))
+        if not hasattr(config, "unlocked"):  # Of a file that is missing this says so.
+            kind = type(config).__name__
+            sys.exit(_complain(f"get_config() of {argument} returns no ConfigDict but a {kind}"))
         with config.unlocked():
             for section in SECTIONS:
                 if section not in config:
@@ -60,6 +67,19 @@ def parse_flags(argv: list[str]) -> list[str]:
         cause = error.args[0] if error.args else error
         text = cause.args[0] if isinstance(cause, KeyError) else cause
         sys.exit(_complain(f"unknown section in a --config flag: {' '.join(str(text).split())}"))
+
+
+def _told_by_file(argument: str, error: Exception) -> str:
+    """What a config file has raised, with its line.
+
+    ml_collections puts the traceback of some errors into the text of another one.
+    """
+    cause = error.__context__ if isinstance(error, TypeError | ValueError) else error
+    kind = "" if type(cause) is ValueError else f"{type(cause).__name__}:"
+    name = Path(argument.partition(":")[0]).name
+    frames = traceback.extract_tb(cause.__traceback__ if cause else None)
+    lines = [f"line {f.lineno}:" for f in frames if Path(f.filename).name == name]
+    return " ".join([f"{argument}:", *lines[-1:], *kind.split(), *str(cause).split()])
 
 
 def _complain(error: object) -> int:
@@ -81,22 +101,30 @@ def job_config() -> JobConfig:
     return build(_CONFIG.value)
 
 
+def _check_workdir(path: Path) -> None:
+    """Raises ConfigError for a folder that there is not and cannot be, before it is needed."""
+    from mmjax.config import ConfigError
+
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        what = "cannot be written to" if there.is_dir() else "is no folder"
+        raise ConfigError(f"--workdir={path}: {there} {what}")
+
+
 def main(argv: list[str]) -> None:
     """Runs the job; an error that the user can mend ends in one message and exit code 2."""
     if len(argv) > 1:
         sys.exit(f"unexpected argument {argv[1]!r}; a key is set by --config.KEY=VALUE")
     # Imported late, so that --help and a wrong flag answer at once.
-    from mmjax.config import ConfigError
-    from mmjax.convert import CheckpointError
-    from mmjax.engine import RequestError
-    from mmjax.sharding import ShardingError
-    from mmjax.tokenizer import TokenizerError
     from train.allocator import keep_freed_memory
+    from train.errors import USER_ERRORS
 
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
     keep_freed_memory()
     try:
         cfg = job_config()
+        workdir = Path(str(_WORKDIR.value))
+        _check_workdir(workdir)
         from train import distributed
 
         distributed.join(
@@ -104,8 +132,8 @@ def main(argv: list[str]) -> None:
         )
         from train.tasks import run_task  # after the checks: it takes seconds
 
-        job = run_task(cfg, Path(str(_WORKDIR.value)))
-    except (ConfigError, CheckpointError, RequestError, ShardingError, TokenizerError) as error:
+        job = run_task(cfg, workdir)
+    except USER_ERRORS as error:
         sys.exit(_complain(error))
     if job.stop_reason is not None:
         print(

@@ -154,12 +154,10 @@ def _described(x: Any) -> str:
 
 def _place(path: str) -> epath.Path:
     path = path.removeprefix("file://")
-    if "://" not in path:
-        return epath.Path(Path(path).absolute())
     try:
-        place = epath.Path(path)
-        place.exists()
-    except (KeyError, ImportError) as error:
+        place = epath.Path(path if "://" in path else Path(path).absolute())
+        place.mkdir(parents=True, exist_ok=True)
+    except (KeyError, ImportError, OSError) as error:
         raise ConfigError(
             f"checkpoint.path {path!r} cannot be reached from here: {error}"
         ) from None

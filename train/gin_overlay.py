@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tokenize
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def apply_gin(config: ConfigDict, files: Sequence[str], explicit: Sequence[str] 
             _registered.add(name)
     try:
         gin.parse_config_files_and_bindings(list(files), [], finalize_config=False)
-    except (ValueError, SyntaxError, AttributeError, OSError) as error:
+    except (ValueError, SyntaxError, AttributeError, OSError, tokenize.TokenError) as error:
         raise ConfigError(f"gin: {error}") from None
     with config.unlocked(), config.ignore_type():  # `build` checks types, and says so kindly
         for name, section in _CONFIGURABLES.items():

@@ -158,9 +158,12 @@ def test_checkpoints_go_where_the_config_says(tmp_path, form):
     assert again.steps == list(range(1, 8))
 
 
-def test_place_that_cannot_be_reached(tmp_path):
-    with pytest.raises(ConfigError, match=r"checkpoint.path 'ftp://host/run' cannot be reached"):
-        Checkpoints(tmp_path, CheckpointConfig(path="ftp://host/run"))
+@pytest.mark.parametrize("place", ["ftp://host/run", "{}/file", "{}/file/below"])
+def test_place_that_cannot_be_reached(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    path = place.format(tmp_path)
+    with pytest.raises(ConfigError, match=rf"checkpoint.path '{path}' cannot be reached"):
+        Checkpoints(tmp_path, CheckpointConfig(path=path))
 
 
 # Check sums.

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.train.test_resume import QUICK, ROOT, write_config
 
 
@@ -60,6 +62,40 @@ def test_missing_config_file(tmp_path):
     assert code == 2
     assert "nowhere.py" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("argument", "body", "says"),
+    [
+        (":b", "raise ValueError(f'unknown stage {stage!r}')", ":b: line 2: unknown stage 'b'"),
+        ("", "return {'task': 'sft'}", "returns no ConfigDict but a dict"),
+        ("", "return stage.name", "line 2: AttributeError: 'str' object has no attribute 'name'"),
+    ],
+)
+def test_config_file_that_fails(tmp_path, argument, body, says):
+    file = tmp_path / "job.py"
+    file.write_text(f"def get_config(stage='a'):\n    {body}\n")
+    check(tmp_path, run(tmp_path, config=f"{file}{argument}"), "error: ", "job.py", says)
+
+
+def test_numbers_out_of_range_are_told_together(tmp_path):
+    flags = ("--config.data.batch_size=0", "--config.optimizer.b1=2.0")
+    stages = ({"name": "x", "tokens": 300, "sequence_length": -1},)
+    outcome = run(tmp_path, *flags, stages=stages, steps=3)
+    check(tmp_path, outcome, "batch_size must be positive, got 0", "b1 must be", "got -1")
+
+
+def test_workdir_that_is_a_file(tmp_path):
+    (tmp_path / "work").write_text("")
+    check(tmp_path, run(tmp_path), "error: --workdir=", "work is no folder")
+
+
+def test_a_bug_keeps_its_traceback(tmp_path):
+    file = tmp_path / "job.py"
+    file.write_text("import nothing_of_this_name\n")
+    code, said = run(tmp_path, config=file)
+    assert code == 1
+    assert "Traceback" in said
 
 
 def test_unknown_positional_argument(tmp_path):

@@ -13,7 +13,7 @@ from tests.train.programs import lenient
 from train.metrics import read_metrics
 from train.optimizer import make_optimizer
 from train.scaling import grid
-from train.scaling.grid import Run, claim, do, points_of, runs_of
+from train.scaling.grid import Run, check_kept, do, points_of, runs_of
 from train.scaling.laws import PFLOPS_DAY, PUBLISHED, Point, fit, frontier, train_flops_per_token
 from train.scaling.report import report
 
@@ -40,6 +40,11 @@ def test_law_is_found_again():
         assert ours.coefficient == pytest.approx(theirs.coefficient, rel=1e-5)
         assert ours.exponent == pytest.approx(theirs.exponent, abs=1e-6)
         assert ours.r2 == pytest.approx(1, abs=1e-9)
+
+
+def test_loss_that_is_no_number_is_not_on_the_frontier():
+    points = [Point("", 1, 1, 1, float("nan")), Point("", 2, 1, 1, 3.0)]
+    assert [p.loss for p in frontier(points)] == [3.0]
 
 
 def test_frontier_falls():
@@ -92,7 +97,7 @@ def trained(run, workdir, upto=None):
             record["eval/loss"] = 5 * cfg.model.hidden_size**-0.1 * step**-0.05
         lines.append(json.dumps(record) + "\n")
     (workdir / run.name / "metrics.jsonl").unlink(missing_ok=True)
-    claim(run, workdir / run.name, begun=False)
+    (workdir / run.name / "config.json").write_text(json.dumps(grid._flat(cfg)))
     (workdir / run.name / "metrics.jsonl").write_text("".join(lines))
 
 
@@ -117,7 +122,8 @@ def test_runs_of_another_config_are_not_taken_for_these(tmp_path):
     other = config()
     other.job.optimizer.learning_rate = 0.12
     with pytest.raises(ConfigError, match=r"1 keys differ: optimizer.learning_rate was .* is 0.12"):
-        do(runs_of(other)[0], tmp_path)
+        check_kept(runs_of(other), tmp_path)
+    check_kept(runs_of(config()), tmp_path)
 
 
 def test_too_few_points_are_no_law(tmp_path, capsys):

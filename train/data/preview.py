@@ -22,10 +22,11 @@ from rich.text import Text
 
 import train.__main__ as cli
 from mmjax.config import ConfigError
-from mmjax.tokenizer import Tokenizer, TokenizerError
+from mmjax.tokenizer import Tokenizer
 from train.config import JobConfig
 from train.data.pipeline import make_stream
 from train.data.streams import KINDS, Batch, Streams, counts
+from train.errors import USER_ERRORS
 from train.sft import data_tokenizer
 from train.stages import Stage, resolve
 
@@ -166,7 +167,7 @@ def main(argv: list[str]) -> None:
         cfg = dataclasses.replace(cfg, mesh={})
         limits = {"rows": _ROWS.value, "batches": _BATCHES.value, "tokens": _TOKENS.value}
         preview(cfg, workdir, Console(highlight=False), **limits, stage=_STAGE.value)
-    except (ConfigError, TokenizerError) as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

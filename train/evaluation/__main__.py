@@ -18,11 +18,11 @@ from rich.table import Table
 
 import mmjax
 from mmjax.config import ConfigError
-from mmjax.convert import CheckpointError
 from mmjax.model import Decoder
-from mmjax.sharding import ShardingError, make_mesh
-from mmjax.tokenizer import Tokenizer, TokenizerError
+from mmjax.sharding import make_mesh
+from mmjax.tokenizer import Tokenizer
 from train.config import EvaluationConfig, check_evaluation
+from train.errors import USER_ERRORS
 from train.evaluation.loop import Result, evaluate, tables, write
 from train.evaluation.scoring import Scorer, generated_hits
 from train.evaluation.suite import Suite
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         if not args.model:
             raise ConfigError("--model names the folder to evaluate, or --draw a picture to make")
         return _evaluate(args)
-    except (ConfigError, CheckpointError, ShardingError, TokenizerError) as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -10,8 +10,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 
-from mmjax.config import ConfigError
-from train.scaling.grid import do, runs_of
+from train.errors import USER_ERRORS
+from train.scaling.grid import check_kept, do, runs_of
 from train.scaling.report import report
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A grid: configs/scaling_cpu.py.")
@@ -27,13 +27,14 @@ def main(argv: list[str]) -> None:
     console = Console()
     try:
         runs = runs_of(_CONFIG.value)
+        check_kept(runs, workdir)
         for number, run in enumerate(runs, 1):
             console.rule(f"{number}/{len(runs)} {run.name}")
             job = do(run, workdir)
             if job is not None and job.stop_signal is not None:
                 console.print("stopped with a checkpoint; run the same command to go on")
                 sys.exit(128 + job.stop_signal)
-    except ConfigError as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     report(runs, workdir, console)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from train.scaling.laws import LEAST_POINTS, PFLOPS_DAY, Point, train_flops_per_
 from train.tasks import run_task
 
 _KINDS = ("softmax", "lightning", "hybrid")
+# Beside each run, the config that it is of.
+_CONFIG = "config.json"
 _KEYS = ("job", "kinds", "sizes", "every")
 
 
@@ -93,34 +95,37 @@ def do(run: Run, workdir: Path) -> Job | None:
     Args:
       run: Of the grid.
       workdir: Of the grid.
-
-    Raises:
-      ConfigError: its folder holds a run of another config.
     """
     folder = workdir / run.name
     done = read_metrics(folder)
-    claim(run, folder, begun=bool(done))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _CONFIG).write_text(json.dumps(_flat(run.cfg), indent=1) + "\n")
     if done and done[-1]["step"] >= run.cfg.steps and "eval/loss" in done[-1]:
         return None
     return run_task(run.cfg, folder)
 
 
-def claim(run: Run, folder: Path, *, begun: bool) -> None:
-    """Keeps a run's config beside it, and compares it with the one that is there."""
-    file = folder / "config.json"
-    config = flatten_dict(json.loads(json.dumps(dataclasses.asdict(run.cfg))), sep=".")
-    if not begun:
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(config, indent=1) + "\n")
-        return
-    kept = json.loads(file.read_text()) if file.exists() else {}
-    other = sorted(k for k in {**config, **kept} if config.get(k) != kept.get(k))
-    if other:
-        told = "; ".join(f"{k} was {kept.get(k)!r}, is {config.get(k)!r}" for k in other[:3])
-        raise ConfigError(
-            f"{folder} holds a run of another config ({len(other)} keys differ: {told}); take "
-            "another workdir, or remove that folder"
-        )
+def check_kept(runs: Sequence[Run], workdir: Path) -> None:
+    """Raises ConfigError where folders hold runs of other configs than these."""
+    for run in runs:
+        folder = workdir / run.name
+        if not read_metrics(folder):
+            continue
+        config, file = _flat(run.cfg), folder / _CONFIG
+        kept = json.loads(file.read_text()) if file.exists() else {}
+        other = sorted(k for k in {**config, **kept} if config.get(k) != kept.get(k))
+        if other:
+            told = "; ".join(f"{k} was {kept.get(k)!r}, is {config.get(k)!r}" for k in other[:3])
+            raise ConfigError(
+                f"{folder} holds a run of another config ({len(other)} keys differ: {told}); take "
+                "another workdir, or remove that folder"
+            )
+
+
+def _flat(cfg: JobConfig) -> dict[str, Any]:
+    """As JSON brings it back, by dotted keys."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    return dict(flatten_dict(values, sep="."))
 
 
 def points_of(run: Run, workdir: Path) -> Iterator[Point]:

@@ -75,9 +75,12 @@ def train_flops_per_token(model: ModelConfig, length: int) -> float:
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
-    """The points that no other one reaches with less compute, by compute."""
+    """The points that no other one reaches with less compute, by compute; none whose loss is no
+    number.
+    """
     best: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.compute, p.loss)):
+    finite = [point for point in points if np.isfinite(point.loss)]
+    for point in sorted(finite, key=lambda p: (p.compute, p.loss)):
         if not best or point.loss < best[-1].loss:
             best.append(point)
     return best
