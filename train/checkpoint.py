@@ -129,17 +129,20 @@ class Checkpoints:
             saved = reader.metadata(folder).tree
         there = {name: _described(x) for name, x in saved.items()}
         wanted = {name: _described(x) for name, x in like.items()}
+        hint = "set the model, its dtypes and the optimizer back, or start in another workdir"
         for name in sorted(there.keys() ^ wanted.keys()):
-            raise self._unfit(step, f"{name} is only in {'it' if name in there else 'the job'}")
+            raise self._unfit(
+                step, f"{name} is only in {'it' if name in there else 'the job'}; {hint}"
+            )
         for name, described in wanted.items():
             if there[name] != described:
-                raise self._unfit(step, f"{name} is {there[name]} there, {described} in the job")
+                raise self._unfit(
+                    step, f"{name} is {there[name]} there, {described} in the job; {hint}"
+                )
 
     def _unfit(self, step: int, why: object) -> ConfigError:
-        return ConfigError(
-            f"checkpoint {step} in {self._manager.directory} does not fit this job "
-            f"(changed model, optimizer or data.streams?): {why}"
-        )
+        place = f"checkpoint {step} in {self._manager.directory}"
+        return ConfigError(f"{place} does not fit this job: {why}")
 
     def close(self) -> None:
         """Waits for the last save."""
