@@ -1,7 +1,6 @@
 """What the documentation prints: fenced blocks, the commands in them, and what a command names."""
 
 import argparse
-import dataclasses
 import functools
 import re
 import shlex
@@ -177,13 +176,13 @@ def _exists(path):
 
 def config_has(key):
     """Whether a job's config has a dotted key."""
-    from docs.generate.reference import config_sections
+    from docs.generate.reference import config_sections, keys
 
     sections = dict(config_sections())
     name, _, field = key.rpartition(".")
     if name in ("mesh", "sharding"):
         return True
-    fields = {f.name for f in dataclasses.fields(sections[name])} if name in sections else set()
+    fields = {f.name for f in keys(sections[name])} if name in sections else set()
     return field in fields or key in sections or key in ("model.preset", "mesh", "sharding")
 
 

@@ -1,7 +1,6 @@
 """The site's generated pages: every public name, key, error and file has its place."""
 
 import ast
-import dataclasses
 import importlib
 import pkgutil
 import re
@@ -49,7 +48,7 @@ def test_every_name_of_the_reference_has_a_docstring():
 def test_every_key_of_a_job_is_in_the_config_reference():
     page = reference.config_page()
     for name, section in reference.config_sections():
-        for field in dataclasses.fields(section):
+        for field in reference.keys(section):
             key = f"{name}.{field.name}" if name else field.name
             assert f"| `{key}` |" in page
 

@@ -22,11 +22,13 @@ _WRAPPED = [
         r"\\\[(.*)\\\]",
         r"\*\*((?:(?!\*\*).)*)\*\*",
         r"`([^`]*)`",
+        r"<answer>(.*)</answer>",
     )
 ]
 _BOLD = re.compile(r"\*\*(.*)\*\*", re.DOTALL)
 _LABEL = re.compile(
-    r"\**(?:the )?(?:final )?answer(?: is)?\**\s*:\**\s*|(?:the )?(?:final )?answer(?: is)?\s+",
+    r"(?:#+\s*)?(?:\**(?:the )?(?:final )?answer(?: is)?\**\s*:\**\s*"
+    r"|(?:the )?(?:final )?answer(?: is)?\s+)",
     re.I,
 )
 _TOKEN = re.compile(r"\s*(?:(\d+)|(.))", re.DOTALL)
@@ -38,7 +40,7 @@ _RULER = re.compile(r"[-+=|\s]*[-+=][-+=|\s]*")
 
 def plain(answer: str) -> str | None:
     r"""An answer without its wrapping, whatever is around what: a code fence, \boxed{}, $…$, \(…\),
-    **…**, `…`, "Answer:".
+    **…**, `…`, <answer>, "Answer:", and the full stop of "The answer is ….".
 
     Returns:
       ASCII text; None for a longer text than answers need, or one with other characters, such as
@@ -60,7 +62,8 @@ def plain(answer: str) -> str | None:
             if found := pattern.fullmatch(text):
                 text = found[1].strip()
         if label := _LABEL.match(text):
-            text = text[label.end() :].strip()
+            sentence = re.search(r"\bis\b", label[0], re.I)
+            text = text[label.end() :].strip().removesuffix("." if sentence else "")
         # Around powers, which are written ** too, where nothing else comes off.
         if text == before and (found := _BOLD.fullmatch(text)):
             text = found[1].strip()

@@ -200,7 +200,9 @@ def _pieces(expression):
 @pytest.mark.parametrize(
     "text",
     ["5", "$5$", "$\\boxed{5}$", "\\boxed{$5$}", "**Answer: 5**", "**Answer:** 5", "`5`", "\\(5\\)",
-     "The final answer is: **$5$**", "\\[\\boxed{5}\\]", "Answer: ```\n5\n```", "```\n$5$\n```"],
+     "The final answer is: **$5$**", "\\[\\boxed{5}\\]", "Answer: ```\n5\n```", "```\n$5$\n```",
+     "The answer is 5.", "The answer is **5**.", "# Answer\n5", "<answer>5</answer>",
+     "<answer>$5$</answer>"],
 )  # fmt: skip
 def test_wrapping_comes_off_whatever_is_around_what(text):
     assert plain(text) == "5"
