@@ -67,23 +67,27 @@ def ordered(
             f"data.streams is {streams}, but a source has only {len(rows)} documents; "
             "use fewer streams"
         )
-    part = grain.MapDataset.source(_Part(rows, start, stop))
+    part = _Part(rows, start, stop)
     seed = zlib.crc32(f"{seed} {stream}".encode())
     sizes = _cut(rows.blocks or (len(rows),), start, stop)
     return BlockShuffle(part, sizes, seed).map(encode)
 
 
-class _Part:
-    """Rows from start to stop, as a source of Grain's."""
+class _Part(grain.MapDataset):
+    """Rows from start to stop, epoch after epoch."""
 
+    # Not `MapDataset.source`, which takes longer to count a short row than reading and packing it.
     def __init__(self, rows: Rows, start: int, stop: int) -> None:
-        self._rows, self._start, self._stop = rows, start, stop
+        super().__init__()
+        self._rows, self._start, self._length = rows, start, stop - start
 
     def __len__(self) -> int:
-        return self._stop - self._start
+        return self._length
 
     def __getitem__(self, index: int) -> Any:
-        return self._rows[self._start + index]
+        if isinstance(index, slice):
+            return self.slice(index)
+        return self._rows[self._start + index % self._length]
 
 
 class BlockShuffle(grain.MapDataset):
@@ -170,7 +174,8 @@ class Mixture:
     def __init__(self, pools: Sequence[Pool], bad_share: float) -> None:
         self.pools = {pool.name: pool for pool in pools}
         self._bad_share = bad_share
-        self._ends = np.array([_shares([p.start for p in pools]), _shares([p.end for p in pools])])
+        starts, ends = _shares([p.start for p in pools]), _shares([p.end for p in pools])
+        self._shares = dict(zip(self.pools, zip(starts, ends, strict=True), strict=True))
         self._told: Counter[str] = Counter()
         self.set_state({})
 
@@ -193,17 +198,18 @@ class Mixture:
         Raises:
           ConfigError: too many are malformed, or a source has none that is usable.
         """
-        weights = self._ends[0] + (self._ends[1] - self._ends[0]) * min(progress, 1.0)
-        shares = dict(zip(self.pools, weights.tolist(), strict=True))
+        done = min(progress, 1.0)
+        shares = {name: a + (b - a) * done for name, (a, b) in self._shares.items()}
         name = max(
             (name for name, share in shares.items() if share > 0),
             key=lambda name: (self._behind[name], shares[name]),
         )
         number, example = self._usable(self.pools[name])
+        size = example.size
         for other, share in shares.items():
-            self._behind[other] += share * example.size
-        self._behind[name] -= example.size
-        self.counts[f"{name}/tokens"] += example.size
+            self._behind[other] += share * size
+        self._behind[name] -= size
+        self.counts[f"{name}/tokens"] += size
         return name, number, example
 
     def read(self, name: str, number: int) -> Example | Skipped:
@@ -241,5 +247,5 @@ class Mixture:
             )
 
 
-def _shares(weights: Sequence[float]) -> np.ndarray:
-    return np.asarray(weights, np.float64) / sum(weights)
+def _shares(weights: Sequence[float]) -> list[float]:
+    return [weight / sum(weights) for weight in weights]
