@@ -6,11 +6,12 @@ import pytest
 
 from mmjax.config import ConfigError
 from mmjax.tokenizer import EOS
-from train.config import DataConfig
+from train.config import DataConfig, EvaluationConfig
 from train.data.tokenizer import train_tokenizer
 from train.evaluation import lexicon
 from train.evaluation.examples import RecallExamples, prompt_hash
 from train.evaluation.lexicon import word_tokenizer
+from train.evaluation.suite import Suite
 from train.evaluation.tasks import Encoder, Task, TooShortError
 
 TOKENIZER = word_tokenizer()
@@ -23,6 +24,7 @@ TASKS = (
     "common_words(common=3, often=6, seldom=2)",
     "frequent_words",
     "associative_recall",
+    "shuffled_pairs",
     "multi_round",
 )
 
@@ -119,6 +121,21 @@ def test_frequent_words_come_most_frequent_first():
     words = sample.text.split("\n")[2].split()
     counts = {word: words.count(word) for word in set(words)}
     assert sample.values == tuple(sorted(counts, key=counts.get, reverse=True)[:4])
+
+
+def test_shuffled_pairs_are_those_of_the_text_in_another_order():
+    sample = task("shuffled_pairs(digits=2, names=64)").sample(0, 300)
+    pairs = re.findall(r" (\w+) (\d\d)\.", sample.text)
+    answered = re.findall(r" (\w+) (\d\d)[,.]", "".join(sample.answer))
+    assert len(pairs) > 30
+    assert sorted(pairs) == sorted(answered)
+    assert pairs != answered
+
+
+def test_a_task_without_one_right_answer_is_not_asked():
+    cfg = EvaluationConfig(tasks=("shuffled_pairs",), lengths=(300,))
+    with pytest.raises(ConfigError, match=r"'shuffled_pairs' .* is for data.tasks"):
+        Suite(cfg, TOKENIZER, chat=True)
 
 
 def test_conversation_asks_for_an_earlier_answer_among_similar_ones():

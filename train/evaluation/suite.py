@@ -46,8 +46,8 @@ class Suite:
       chat: Whether prompts are in M1's chat form.
 
     Raises:
-      ConfigError: an unknown task, one that is named twice or does not fit its length, or no text
-        to read.
+      ConfigError: an unknown task, one that is named twice, does not fit its length or is only to
+        learn from, or no text to read.
     """
 
     def __init__(self, cfg: EvaluationConfig, tokenizer: Tokenizer, *, chat: bool) -> None:
@@ -65,7 +65,13 @@ class Suite:
         count = self.cfg.samples * (1 if task.has_depth else self.cfg.depths)
         number = 0
         for length in self.cfg.lengths:
-            encoder.check(task.sample(number, length))
+            first = task.sample(number, length)
+            if not first.values:
+                raise ConfigError(
+                    f"task {task.text!r} has no answer that alone is right; it is for data.tasks, "
+                    "to learn from"
+                )
+            encoder.check(first)
             for depth in depths:
                 samples = [task.sample(number + i, length, depth) for i in range(count)]
                 number += count

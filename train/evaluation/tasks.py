@@ -34,7 +34,8 @@ class TooShortError(ConfigError):
 
 
 class Sample(NamedTuple):
-    """prompt, answer: pieces of text; values: what a right answer has to name; depth: where the
+    """prompt, answer: pieces of text; values: what a right answer has to name, nothing if other
+    answers are as right, so that the task is only to learn from; depth: where the
     needle, or one of several, stands: 0 for the start of the haystack and 1 for its end.
     """
 
@@ -268,6 +269,39 @@ def _pair(name: str, value: str) -> list[str]:
     return [f" {name}", " is:", f" {value}", "."]
 
 
+def shuffled_pairs(draw: Draw, *, digits: int = 3, names: int = len(lexicon.NAMES)) -> Sample:
+    """As many pairs of a name and a number as fit, repeated in an order that nothing tells.
+
+    Only to learn from: a number follows from its name alone, where in `associative_recall` most of
+    an answer can be copied from the question, so that a model learns to tell names apart sooner.
+
+    Args:
+      draw: Randomness and length.
+      digits: Of a number.
+      names: Different names in all samples.
+
+    Source: Arora et al. (arXiv 2312.04927), multi-query associative recall.
+    """
+    number = _numbers(draw.rng, digits)
+    head = ["Memorize the following numbers.\n"]
+
+    def frame(pairs: Sequence[tuple[str, str]]) -> _Frame:
+        answer = _separated([[f" {name}", f" {value}"] for name, value in pairs], ",")
+        return _Frame(draw, head, ["\nRepeat the numbers."], [" They are:"], [*answer, "."])
+
+    pairs: list[tuple[str, str]] = []
+    left = frame([("", "")]).left
+    for name in draw.plenty_of_names(left, [" ", " ", "."], 1, names):
+        pair = (name, next(number))
+        left -= draw.total([f" {name}", f" {pair[1]}", ".", f" {name}", f" {pair[1]}", ","])
+        if left < 0 and pairs:
+            break
+        pairs.append(pair)
+    hay = _joined([f" {name}", f" {value}", "."] for name, value in pairs)
+    draw.rng.shuffle(pairs)
+    return frame(pairs).sample(hay, (), 0.0)
+
+
 def variable_tracking(draw: Draw, *, chains: int = 1, hops: int = 4, digits: int = 5) -> Sample:
     """`VAR A = 123.`, `VAR B = VAR A.`, ...: which variables hold 123?
 
@@ -486,6 +520,7 @@ def _joined(parts: Iterable[list[str]]) -> list[str]:
 _GENERATORS: Mapping[str, Generator] = {
     "niah": niah,
     "associative_recall": associative_recall,
+    "shuffled_pairs": shuffled_pairs,
     "variable_tracking": variable_tracking,
     "common_words": common_words,
     "frequent_words": frequent_words,
