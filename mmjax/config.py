@@ -50,6 +50,9 @@ class ModelConfig:
         original code, whatever this value).
       shared_expert_mode: How the shared expert's coefficient is squashed: "sigmoid" | "softmax".
       router_aux_loss_coef: Weight of the load-balancing loss.
+      router_aux_loss_over: What is balanced: "model", experts over the tokens of all layers
+        together, as in the released code, so that a layer may use few of its own; "layers", each
+        layer's. It is the job's, like the next.
       expert_capacity_factor: In training each expert takes at most this many times its even share
         of a batch's token-slots, the first ones; 0 drops nothing. It is the job's, not the
         model's: config.json does not hold it.
@@ -87,6 +90,7 @@ class ModelConfig:
     shared_intermediate_size: int = 0
     shared_expert_mode: str = "sigmoid"
     router_aux_loss_coef: float = 0.001
+    router_aux_loss_over: str = "model"
     expert_capacity_factor: float = 0.0
     initializer_range: float = 0.02
     bos_token_id: int | None = None
@@ -139,6 +143,11 @@ class ModelConfig:
             problems.append(
                 f"num_experts_per_token {self.num_experts_per_token} exceeds "
                 f"num_experts {self.num_experts}"
+            )
+        if self.router_aux_loss_over not in ("model", "layers"):
+            problems.append(
+                f"router_aux_loss_over must be 'model' or 'layers', "
+                f"got {self.router_aux_loss_over!r}"
             )
         if not self.expert_capacity_factor >= 0:
             problems.append(

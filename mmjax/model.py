@@ -33,7 +33,8 @@ REMAT = ("super_block", "layer", "products", "none")
 class Aux(NamedTuple):
     """What the routers did with the real tokens.
 
-    load_balancing_loss []: differentiable, not yet multiplied by its coefficient;
+    load_balancing_loss []: differentiable, not yet multiplied by its coefficient, of the whole
+    model or the mean of its layers', see `ModelConfig.router_aux_loss_over`;
     tokens_per_expert [L, E]; router_probability [L, E], mean; router_entropy [L], mean, nats;
     dropped_share [L]: of the token-slots, those beyond their expert's capacity.
     """
@@ -173,7 +174,8 @@ class Decoder(nnx.Module):
         seen = None
         if return_intermediates:
             seen = Intermediates(jnp.concatenate([inputs, hidden[None]]), stats.logits)
-        return Output(logits, hidden, cache, _aux(stats, tokens, real), seen)
+        aux = _aux(stats, _real_counts(tokens, real), self.cfg.router_aux_loss_over)
+        return Output(logits, hidden, cache, aux, seen)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T vocab"]:
         """LM head on the final norm's output, in float32."""
@@ -375,11 +377,19 @@ def _real_counts(tokens: jax.Array, real: jax.Array | None) -> jax.Array:
     return jnp.sum(real, axis=1, dtype=jnp.int32)
 
 
-def _aux(stats: RouterStats, tokens: jax.Array, real: jax.Array | None) -> Aux:
-    count = jnp.sum(_real_counts(tokens, real)).astype(jnp.float32)
+def _aux(stats: RouterStats, tokens: jax.Array, over: str) -> Aux:
+    """What the routers did with rows of so many real tokens [B]."""
+    count = jnp.sum(tokens).astype(jnp.float32)
     mean = 1 / jnp.maximum(count, 1)
+    visits, probability = stats.tokens_per_expert, stats.probability_sum
+    if over == "layers":
+        # Of each layer, as if the model had no other.
+        visits, probability = visits[:, None], probability[:, None]
+        balance = jax.vmap(load_balancing_loss, (0, 0, None))(visits, probability, count).mean()
+    else:
+        balance = load_balancing_loss(visits, probability, count)
     return Aux(
-        load_balancing_loss(stats.tokens_per_expert, stats.probability_sum, count),
+        balance,
         stats.tokens_per_expert,
         stats.probability_sum * mean,
         stats.entropy_sum * mean,

@@ -311,7 +311,7 @@ def _spared_by_collector() -> Iterator[Callable[[], None]]:
 # Keys of a trained model that a job may change, and those that say only how one begins.
 _OF_A_JOB = (
     *("dtype", "rope_theta", "max_position_embeddings"),
-    *("router_aux_loss_coef", "expert_capacity_factor"),
+    *("router_aux_loss_coef", "router_aux_loss_over", "expert_capacity_factor"),
 )
 _OF_A_START = ("param_dtype", "initializer_range", "bos_token_id", "eos_token_id")
 

@@ -268,6 +268,36 @@ def test_tied_embeddings():
     assert_near(out.logits, np.asarray(out.hidden) @ np.asarray(model.embed.embedding[...]).T)
 
 
+def balance(model, ids, segment_ids):
+    return model(ids, segment_ids=segment_ids).aux.load_balancing_loss
+
+
+@pytest.mark.parametrize("over", ["model", "layers"])
+def test_what_the_load_is_balanced_over(over):
+    """Against the formula in NumPy, with padding."""
+    model = random_model(small_config(router_aux_loss_over=over, num_layers=2, layer_types=None))
+    ids, segments = tokens(model.cfg, 2, 9), jnp.ones((2, 9), jnp.int32).at[1, 6:].set(0)
+    out = nnx.jit(lambda m: m(ids, segment_ids=segments, return_intermediates=True))(model)
+    logits = np.asarray(out.intermediates.router_logits, np.float64)[:, np.asarray(segments) != 0]
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)  # [L, N, E]
+    visits = np.zeros_like(p)
+    np.put_along_axis(visits, np.argsort(logits, axis=-1)[..., -2:], 1, axis=-1)
+    parts = [(visits, p)] if over == "model" else list(zip(visits, p, strict=True))
+    experts = p.shape[-1]
+    expected = [
+        experts * np.sum(v.reshape(-1, experts).mean(0) * q.reshape(-1, experts).mean(0))
+        for v, q in parts
+    ]
+    np.testing.assert_allclose(out.aux.load_balancing_loss, np.mean(expected), rtol=1e-5)
+    slope = nnx.jit(nnx.grad(balance))(model, ids, segments)
+    assert any(np.abs(x).max() > 0 for x in jax.tree.leaves(slope))
+
+
+def test_what_is_balanced_has_to_be_known():
+    with pytest.raises(ConfigError, match=r"'model' or 'layers', got 'tokens'"):
+        small_config(router_aux_loss_over="tokens")
+
+
 @nnx.jit
 @nnx.value_and_grad
 def next_token_gradient(model, ids, segment_ids):
