@@ -243,26 +243,7 @@ def associative_recall(draw: Draw, *, digits: int = 3, names: int = len(lexicon.
 
     Source: Arora et al. (arXiv 2312.04927), multi-query associative recall.
     """
-    number = _numbers(draw.rng, digits)
-    head = ["Memorize the following numbers.\n"]
-
-    def frame(pairs: Sequence[tuple[str, str]]) -> _Frame:
-        ask = ["\nRepeat the numbers of", *_listed([f" {name}" for name, _ in pairs]), "."]
-        answer = _separated([[f" {name}", ":", f" {value}"] for name, value in pairs], ",")
-        return _Frame(draw, head, ask, [" They are:"], [*answer, "."])
-
-    pairs: list[tuple[str, str]] = []
-    left = frame([("", ""), ("", "")]).left
-    for name in draw.plenty_of_names(left, _pair("", ""), 1, names):
-        pair = (name, next(number))
-        said = [*_pair(*pair), ",", f" {name}", f" {name}", ":", f" {pair[1]}", ","]
-        left -= draw.total(said)
-        if left < 0 and pairs:
-            break
-        pairs.append(pair)
-    hay = _joined(_pair(*pair) for pair in pairs)
-    draw.rng.shuffle(pairs)
-    return frame(pairs).sample(hay, tuple(value for _, value in pairs), 0.0)
+    return _pairs(draw, digits, names, _pair, lambda n, v: [f" {n}", ":", f" {v}"], asked=True)
 
 
 def _pair(name: str, value: str) -> list[str]:
@@ -282,24 +263,46 @@ def shuffled_pairs(draw: Draw, *, digits: int = 3, names: int = len(lexicon.NAME
 
     Source: Arora et al. (arXiv 2312.04927), multi-query associative recall.
     """
+
+    def bare(name: str, value: str) -> list[str]:
+        return [f" {name}", f" {value}"]
+
+    return _pairs(draw, digits, names, lambda n, v: [*bare(n, v), "."], bare, asked=False)
+
+
+def _pairs(
+    draw: Draw,
+    digits: int,
+    names: int,
+    in_text: Callable[[str, str], list[str]],
+    in_answer: Callable[[str, str], list[str]],
+    *,
+    asked: bool,
+) -> Sample:
+    """As many pairs as fit, written in two ways, and whether the question lists their names."""
     number = _numbers(draw.rng, digits)
     head = ["Memorize the following numbers.\n"]
 
     def frame(pairs: Sequence[tuple[str, str]]) -> _Frame:
-        answer = _separated([[f" {name}", f" {value}"] for name, value in pairs], ",")
-        return _Frame(draw, head, ["\nRepeat the numbers."], [" They are:"], [*answer, "."])
+        ask = ["\nRepeat the numbers."]
+        if asked:
+            ask = ["\nRepeat the numbers of", *_listed([f" {name}" for name, _ in pairs]), "."]
+        answer = _separated([in_answer(*pair) for pair in pairs], ",")
+        return _Frame(draw, head, ask, [" They are:"], [*answer, "."])
 
     pairs: list[tuple[str, str]] = []
-    left = frame([("", "")]).left
-    for name in draw.plenty_of_names(left, [" ", " ", "."], 1, names):
+    left = frame([("", "")] * (2 if asked else 1)).left
+    for name in draw.plenty_of_names(left, in_text("", ""), 1, names):
         pair = (name, next(number))
-        left -= draw.total([f" {name}", f" {pair[1]}", ".", f" {name}", f" {pair[1]}", ","])
+        listed = [",", f" {name}"] if asked else []
+        left -= draw.total([*in_text(*pair), *in_answer(*pair), ",", *listed])
         if left < 0 and pairs:
             break
         pairs.append(pair)
-    hay = _joined([f" {name}", f" {value}", "."] for name, value in pairs)
+    hay = _joined(in_text(*pair) for pair in pairs)
     draw.rng.shuffle(pairs)
-    return frame(pairs).sample(hay, (), 0.0)
+    values = tuple(value for _, value in pairs) if asked else ()
+    return frame(pairs).sample(hay, values, 0.0)
 
 
 def variable_tracking(draw: Draw, *, chains: int = 1, hops: int = 4, digits: int = 5) -> Sample:
